@@ -1,0 +1,16 @@
+//! What the Serenity processes agree on, and nothing else: no tensor library, no CUDA.
+//!
+//! The path of a frozen block: [`checkpoint`] → (`serenity-slab`) → [`slab`] → (`serenity-loader`) → [`ring`] → trainer. The path of
+//! a sample: images and captions → (`serenity-encoder`) → [`cache`] → trainer. Around them: [`config`] and [`plan`], [`message`] and
+//! [`process`], [`error`] and [`atomic_file`].
+#![warn(missing_docs)]
+
+pub mod atomic_file;
+pub mod checkpoint;
+pub mod config;
+pub mod error;
+pub mod geometry;
+pub mod message;
+pub mod process;
+
+pub use error::{Error, Result};
