@@ -1,1 +1,7 @@
-//! placeholder
+//! Trains LoRA adapters on a frozen FLUX.2 transformer whose blocks come one at a time from a `model::BlockSource`.
+//!
+//! The path of a step: samples, noise and noise levels (`data`, `timestep`, `rng`) → forward and backward block by
+//! block (`model`) → clipping and AdamW on the float32 adapters (`optimizer`, `schedule`) → log, telemetry, checkpoint (`log`,
+//! `telemetry`, `checkpoint`). `run` ties them together.
+
+pub mod rng;
