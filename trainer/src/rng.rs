@@ -83,7 +83,8 @@ fn polynomial(x: f64, coefficients: &[f64; 8]) -> f64 {
 
 /// Inverse of the standard normal distribution function for `p` in (0, 1): algorithm AS 241 (Wichura 1988), PPND16, relative error
 /// about 1e-16.
-fn normal_quantile(p: f64) -> f64 {
+#[must_use]
+pub fn normal_quantile(p: f64) -> f64 {
     const A: [f64; 8] = [
         3.387_132_872_796_366_5,
         1.331_416_678_917_843_8e2,
