@@ -53,6 +53,19 @@ struct Shard {
     tensors: HashMap<String, (Dtype, Vec<usize>, usize, usize)>,
 }
 
+/// Where a tensor lies, for readers that do not go through the map.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct TensorPlace {
+    /// The file.
+    pub file: PathBuf,
+    /// Element type.
+    pub dtype: Dtype,
+    /// Shape, outermost first.
+    pub shape: Vec<usize>,
+    /// Absolute byte range in the file.
+    pub range: std::ops::Range<u64>,
+}
+
 /// The tensors of one component (transformer, text encoder, VAE), by name.
 pub struct Checkpoint {
     root: PathBuf,
@@ -161,6 +174,16 @@ impl Checkpoint {
         let shard = self.shard(file)?;
         let (dtype, shape, start, end) = shard.tensors.get(name).cloned().ok_or_else(|| missing().at(file))?;
         Ok(TensorRef { dtype, shape, map: shard.map.clone(), start, end })
+    }
+
+    /// Where the tensor of that exact name lies.
+    ///
+    /// # Errors
+    /// [`Error::Data`] if it is not there.
+    pub fn place(&self, name: &str) -> Result<TensorPlace> {
+        let tensor = self.tensor(name)?;
+        let file = self.index.get(name).cloned().unwrap_or_default();
+        Ok(TensorPlace { file, dtype: tensor.dtype, shape: tensor.shape, range: tensor.start as u64..tensor.end as u64 })
     }
 
     /// The tensor of that name, checked to have `shape`.

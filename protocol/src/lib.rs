@@ -6,11 +6,17 @@
 #![warn(missing_docs)]
 
 pub mod atomic_file;
+pub mod cache;
 pub mod checkpoint;
 pub mod config;
+pub mod dataset;
 pub mod error;
 pub mod geometry;
 pub mod message;
+pub mod model_path;
+pub mod names;
 pub mod process;
+pub mod ring;
+pub mod slab;
 
 pub use error::{Error, Result};
