@@ -4,9 +4,9 @@
 //! block (`model`) → clipping and AdamW on the float32 adapters (`optimizer`, `schedule`) → log, telemetry, checkpoint (`log`,
 //! `telemetry`, `checkpoint`). `run` ties them together.
 
-pub mod model;
 pub mod log;
 pub mod memory;
+pub mod model;
 pub mod plot;
 pub mod rng;
 pub mod schedule;
