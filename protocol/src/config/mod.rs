@@ -1,12 +1,20 @@
-//! The configuration, in two stages: JSON as written ([`raw`], strict), then one validated object without Options to guess at.
+//! The configuration, in two stages: JSON as written (`raw`, strict), then one validated object without Options to guess at.
 //!
 //! Every process reads the same file and ends with the same [`Config`]. Relative paths are relative to the working directory, as in
 //! the original. Unknown keys, legacy layouts and keys whose meaning we do not have are errors, never silently dropped.
 
 use std::path::PathBuf;
 
-pub mod raw;
+mod args;
+mod json;
+mod legacy;
+mod neutral;
+mod raw;
+#[cfg(test)]
+mod tests;
 mod validate;
+
+pub use args::OverrideArgs;
 
 /// A validated training configuration.
 #[derive(Debug, Clone, PartialEq)]
@@ -51,6 +59,10 @@ pub struct Config {
     pub checkpoint: CheckpointConfig,
     /// Validation loss.
     pub validation: ValidationConfig,
+    /// Steps between two progress lines where there is no terminal (`log_every_steps`); `None` = by time. `log.jsonl` has every step.
+    pub log_every_steps: Option<u64>,
+    /// What reading the file changed (rounded sizes and the like); shown once, with the plan.
+    pub notices: Vec<String>,
 }
 
 /// The base model and its parts.
@@ -114,7 +126,7 @@ pub enum MemoryStrategy {
 }
 
 /// Where INT8 rows become bf16.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
 pub enum PayloadForm {
     /// By the loader; the ring carries bf16 (`dequant: cpu`).
     Bf16,
@@ -145,6 +157,8 @@ pub struct StagehandConfig {
     pub loader_threads: usize,
     /// Steps of a block visit count NaN and Inf (`nan_inf_check`).
     pub nan_inf_check: bool,
+    /// `pinned_slab_mb`, if given: divides the pool (checked), and must hold the largest block (checked in [`crate::plan`]).
+    pub pinned_slab_bytes: Option<u64>,
 }
 
 /// Telemetry of the original (`telemetry_*`).
