@@ -1,1 +1,8 @@
-//! placeholder
+//! Streams frozen blocks from the slab into the ring, and builds, checks and describes slabs.
+//!
+//! The path of a chunk: the trainer's request → [`service`] (which slot) → [`reader`] (disk to private memory, checked) → [`fill`]
+//! (dequantised or copied into the slot, hashed) → published in the ring. `serenity-slab`'s half is [`slab_tool`].
+
+pub mod fill;
+pub mod reader;
+pub mod service;

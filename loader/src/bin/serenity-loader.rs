@@ -1,1 +1,2 @@
+//! `serenity-loader`: fills the ring from the slab.
 fn main() {}

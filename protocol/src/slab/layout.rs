@@ -13,14 +13,7 @@ use crate::geometry::{BlockId, LinearSpec, TransformerGeometry};
 /// Alignment of every part in bytes: a device copy's and a vector load's.
 pub const PART_ALIGN: u64 = 256;
 
-/// How a block's weights travel.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
-pub enum PayloadForm {
-    /// Dequantised by the loader.
-    Bf16,
-    /// Codes and scales, dequantised by the trainer.
-    Int8,
-}
+pub use crate::config::PayloadForm;
 
 /// What a part of a payload is.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]

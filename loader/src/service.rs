@@ -1,0 +1,307 @@
+//! The loader at work: claims slots for what the trainer asked for, has workers fill them, publishes.
+//!
+//! The calling thread walks the request queue ([`Producer`]) and hands jobs to a few workers. A worker does all of a chunk: reads it,
+//! checks it, dequantises it into the slot, publishes it, wakes the trainer; with several workers one chunk is read while another is
+//! dequantised. Waits are on futexes and last at most 100 ms, so an idle loader costs nothing and a dead peer is noticed.
+//!
+//! Failure: a worker's error ends the service with that error (corrupt slab: exit 65). Slots that were being filled stay FILLING and are
+//! freed by the next loader.
+
+use std::sync::atomic::{AtomicUsize, Ordering};
+use std::sync::mpsc::{Receiver, SyncSender, sync_channel};
+use std::sync::{Arc, Mutex, MutexGuard};
+use std::time::{Duration, Instant};
+
+use rayon::prelude::*;
+use serenity_protocol::config::{Config, PayloadForm};
+use serenity_protocol::geometry::{BlockId, TransformerGeometry};
+use serenity_protocol::message::FromChild;
+use serenity_protocol::process::Process;
+use serenity_protocol::ring::producer::{Action, Catalogue, Job, Producer};
+use serenity_protocol::ring::segment::{RingRole, RingSpec, Segment};
+use serenity_protocol::ring::words::{CHUNKS_MAX, Words, consumer, loader};
+use serenity_protocol::slab::Slab;
+use serenity_protocol::slab::layout::SlabLayout;
+use serenity_protocol::{Error, Result, ring};
+
+use crate::fill::Filler;
+use crate::reader::{Fetched, Reader, SlabFile};
+
+/// Chunks that are read or dequantised at the same time.
+const WORKERS: usize = 3;
+/// How often the display hears from the ring.
+const REPORT_EVERY: Duration = Duration::from_secs(1);
+
+/// How the loader lays out a slab for a ring.
+#[derive(Debug, Clone)]
+pub struct Plan {
+    /// Shape of the ring.
+    pub spec: RingSpec,
+    /// Payloads and chunks.
+    pub layout: SlabLayout,
+}
+
+impl Plan {
+    /// The plan of a configuration for an opened slab.
+    ///
+    /// # Errors
+    /// [`Error::Data`] if the slab is not of this model, [`Error::Config`] if a block has more chunks than the ring can name.
+    pub fn new(config: &Config, slab: &Slab, geometry: &TransformerGeometry) -> Result<Self> {
+        let stagehand = &config.memory.stagehand;
+        let slots = (stagehand.pool_bytes / stagehand.chunk_bytes) as usize;
+        Self::with(ring::name(config), slab, geometry, stagehand.form, slots, stagehand.chunk_bytes)
+    }
+
+    /// The same from its parts.
+    ///
+    /// # Errors
+    /// As [`Self::new`].
+    pub fn with(name: String, slab: &Slab, geometry: &TransformerGeometry, form: PayloadForm, slots: usize, chunk_bytes: u64) -> Result<Self> {
+        slab.check_model(geometry)?;
+        let layout = SlabLayout::new(slab, geometry, form, chunk_bytes)?;
+        let spec = RingSpec { name, slots, chunk_bytes, signature: slab.signature(), form, blocks: geometry.num_blocks() };
+        Ok(Self { spec, layout })
+    }
+
+    /// Chunks of every block, for both ends of the ring.
+    ///
+    /// # Errors
+    /// [`Error::Config`] if a block has more chunks than the ring can name.
+    pub fn catalogue(&self) -> Result<Catalogue> {
+        let chunks = self
+            .layout
+            .blocks
+            .iter()
+            .map(|b| self.layout.chunks_of(b.block))
+            .map(|n| if n as usize <= CHUNKS_MAX { Ok(n as u16) } else { Err(n) })
+            .collect::<Result<Vec<u16>, u32>>()
+            .map_err(|n| {
+                Error::config("memory.stagehand.ring_chunk_mb is too small: a block has too many chunks")
+                    .expected(format!("at most {CHUNKS_MAX} chunks"))
+                    .found(n)
+            })?;
+        Ok(Catalogue { chunks, signature: self.spec.signature })
+    }
+}
+
+/// Shared between the service thread and its workers.
+struct Shared {
+    segment: Segment,
+    producer: Mutex<Producer<RingWords>>,
+    filler: Filler,
+    file: Arc<SlabFile>,
+    in_flight: AtomicUsize,
+    failed: Mutex<Option<Error>>,
+}
+
+/// The words of a segment, owned: what the producer holds on to.
+struct RingWords(Segment);
+
+impl Words for RingWords {
+    fn load(&self, index: usize) -> u64 {
+        self.0.words().load(index)
+    }
+    fn store(&self, index: usize, value: u64) {
+        self.0.words().store(index, value);
+    }
+    fn swap(&self, index: usize, old: u64, new: u64) -> Result<(), u64> {
+        self.0.words().swap(index, old, new)
+    }
+}
+
+impl Shared {
+    fn producer(&self) -> Result<MutexGuard<'_, Producer<RingWords>>> {
+        self.producer.lock().map_err(|_| Error::invariant("a loader thread panicked while it held the ring"))
+    }
+
+    fn fail(&self, error: Error) {
+        if let Ok(mut failed) = self.failed.lock() {
+            failed.get_or_insert(error);
+        }
+        self.segment.wake(loader::WAKE);
+    }
+
+    fn work(&self, jobs: &Mutex<Receiver<Job>>) {
+        let mut reader = Reader::new(self.file.clone());
+        let mut fetched = Fetched::new();
+        loop {
+            let Some(job) = jobs.lock().ok().and_then(|jobs| jobs.recv().ok()) else { return };
+            let result = self.fill(job, &mut reader, &mut fetched);
+            // Release: pairs with the Acquire in `serve`, which then sees the slot's new state.
+            self.in_flight.fetch_sub(1, Ordering::Release);
+            match result {
+                Ok(()) => {
+                    self.segment.wake(consumer::WAKE);
+                    self.segment.wake(loader::WAKE);
+                }
+                Err(error) => return self.fail(error),
+            }
+        }
+    }
+
+    fn fill(&self, job: Job, reader: &mut Reader, fetched: &mut Fetched) -> Result<()> {
+        reader.fetch(&self.filler.file_ranges(job.content)?, fetched)?;
+        let bytes = self.filler.chunk_bytes(job.content)?;
+        // SAFETY: the producer claimed the slot for this job under our epoch (FILLING), and a job is handed to one worker.
+        let slot = unsafe { self.segment.slot_filling(job.slot) };
+        let payload = self.filler.fill(job.content, fetched, &mut slot[..bytes])?;
+        self.producer()?.publish(job, bytes as u64, payload)
+    }
+
+    /// A retained chunk of an earlier loader: published if its bytes are what its descriptor says, else served anew.
+    fn verify(&self, job: Job, checksum: u64) -> Result<()> {
+        let bytes = self.filler.chunk_bytes(job.content)? as u64;
+        // SAFETY: the producer claimed the slot for this job under our epoch (FILLING), and nobody writes it meanwhile.
+        let found = xxhash_rust::xxh3::xxh3_64(unsafe { self.segment.slot_payload(job.slot, bytes) });
+        if found == checksum {
+            self.producer()?.publish(job, bytes, checksum)?;
+            self.segment.wake(consumer::WAKE);
+            return Ok(());
+        }
+        tracing::warn!("a retained chunk of an earlier loader is damaged and is read again (block {}, chunk {})", job.content.block, job.content.chunk);
+        self.producer()?.abandon(job)
+    }
+}
+
+/// Serves the ring until the consumer has finished (when no launcher is there to say so) or a stop is requested.
+///
+/// # Errors
+/// Corrupt slab, ring held by another loader, /dev/shm full; see the module documentation.
+pub fn run(config: &Config, geometry: &TransformerGeometry, process: &Process) -> Result<()> {
+    let slab = Slab::open(&config.memory.slab_path, &config.memory.manifest_path)?;
+    let plan = Plan::new(config, &slab, geometry)?;
+    let threads = config.memory.stagehand.loader_threads;
+    // A second pool (tests) keeps the first; results do not depend on the number of threads.
+    let _ = rayon::ThreadPoolBuilder::new().num_threads(threads).thread_name(|i| format!("dequantise-{i}")).build_global();
+    let segment = Segment::open_or_create(&plan.spec)?;
+    segment.sign(RingRole::Loader);
+    let result = serve_segment(&plan, &slab, geometry, &segment, process);
+    segment.leave();
+    result
+}
+
+/// Serves an opened segment; [`run`] without opening and leaving it.
+///
+/// # Errors
+/// As [`run`].
+pub fn serve_segment(plan: &Plan, slab: &Slab, geometry: &TransformerGeometry, segment: &Segment, process: &Process) -> Result<()> {
+    let file = SlabFile::open(slab)?;
+    let mut reader = Reader::new(file.clone());
+    let filler = Filler::new(slab, geometry, plan.layout.clone(), &mut reader)?;
+    let mut producer = Producer::attach(RingWords(segment.clone()), segment.shape(), plan.catalogue()?)?;
+    recheck_ready(&mut producer, segment)?;
+    let shared = Shared {
+        segment: segment.clone(),
+        producer: Mutex::new(producer),
+        filler,
+        file,
+        in_flight: AtomicUsize::new(0),
+        failed: Mutex::new(None),
+    };
+    tracing::info!(
+        slots = plan.spec.slots,
+        chunk_mib = plan.spec.chunk_bytes as f64 / 1_048_576.0,
+        form = ?plan.spec.form,
+        direct = shared.file.is_direct(),
+        "serving {}",
+        plan.spec.path().display()
+    );
+    process.send(&FromChild::Ready);
+    let (send, receive) = sync_channel::<Job>(WORKERS);
+    let receive = Mutex::new(receive);
+    std::thread::scope(|scope| {
+        for i in 0..WORKERS {
+            let (shared, receive) = (&shared, &receive);
+            std::thread::Builder::new()
+                .name(format!("fill-{i}"))
+                .spawn_scoped(scope, move || shared.work(receive))
+                .map_err(|e| Error::absent("cannot start a thread").cause(e))?;
+        }
+        // The channel closes when `serve` returns, and the workers end with it.
+        serve(&shared, send, process)
+    })
+}
+
+/// READY slots of an earlier loader whose bytes are damaged are freed before the consumer is told of us.
+fn recheck_ready(producer: &mut Producer<RingWords>, segment: &Segment) -> Result<()> {
+    let ready = producer.ready_slots()?;
+    let damaged: Vec<usize> = ready
+        .into_par_iter()
+        .filter(|(slot, bytes, payload)| {
+            // SAFETY: only a loader writes slots, this process is the loader, and it writes only what it has claimed since.
+            *bytes > segment.spec().chunk_bytes || xxhash_rust::xxh3::xxh3_64(unsafe { segment.slot_payload(*slot, *bytes) }) != *payload
+        })
+        .map(|(slot, ..)| slot)
+        .collect();
+    for slot in damaged {
+        tracing::warn!("a published chunk of an earlier loader is damaged and is read again (slot {slot})");
+        producer.drop_ready(slot)?;
+    }
+    Ok(())
+}
+
+fn serve(shared: &Shared, jobs: SyncSender<Job>, process: &Process) -> Result<()> {
+    let mut reported = Instant::now();
+    let mut waiting: Option<tracing::span::EnteredSpan> = None;
+    loop {
+        let ticket = shared.segment.ticket(loader::WAKE);
+        process.tick();
+        if let Some(error) = shared.failed.lock().ok().and_then(|mut f| f.take()) {
+            return Err(error);
+        }
+        if process.stop_requested() || consumer_finished(shared, process) {
+            return Ok(());
+        }
+        if reported.elapsed() >= REPORT_EVERY {
+            reported = Instant::now();
+            report(shared, process)?;
+        }
+        // Acquire: pairs with the Release in `work`. A claim without a worker at hand would only hold a slot idle.
+        let action = if shared.in_flight.load(Ordering::Acquire) > WORKERS { Action::Wait } else { shared.producer()?.next_action()? };
+        if action != Action::Wait {
+            waiting = None;
+        }
+        match action {
+            Action::Wait => {
+                waiting.get_or_insert_with(|| tracing::trace_span!("slot wait").entered());
+                shared.segment.wait(loader::WAKE, ticket);
+            }
+            Action::Republished(_) => shared.segment.wake(consumer::WAKE),
+            Action::Verify(job, checksum) => shared.verify(job, checksum)?,
+            Action::Fill(job) => {
+                // Relaxed: only this thread adds, and the channel orders the hand-over.
+                shared.in_flight.fetch_add(1, Ordering::Relaxed);
+                if jobs.send(job).is_err() {
+                    let error = shared.failed.lock().ok().and_then(|mut f| f.take());
+                    return Err(error.unwrap_or_else(|| Error::invariant("the loader's workers are gone")));
+                }
+            }
+        }
+    }
+}
+
+/// Without a launcher, the loader goes when the consumer that it served says that it has finished.
+fn consumer_finished(shared: &Shared, process: &Process) -> bool {
+    if process.has_launcher() {
+        return false;
+    }
+    let words = shared.segment.words();
+    let finished = words.load(consumer::FINISHED);
+    finished != 0 && finished == words.load(consumer::POSTED) >> 48
+}
+
+fn report(shared: &Shared, process: &Process) -> Result<()> {
+    let occupied = shared.producer()?.occupied()?;
+    let read_bytes = shared.file.read_bytes();
+    shared.segment.words().store(loader::READ_BYTES, read_bytes);
+    process.send(&FromChild::Ring { occupied, slots: shared.segment.spec().slots as u32, read_bytes });
+    Ok(())
+}
+
+/// Every block once forward and once backward, the last one once: a training step's order of visits.
+#[must_use]
+pub fn step_order(geometry: &TransformerGeometry) -> Vec<BlockId> {
+    let forward: Vec<BlockId> = geometry.blocks().collect();
+    let backward = forward.iter().rev().skip(1).copied().collect::<Vec<_>>();
+    forward.into_iter().chain(backward).collect()
+}

@@ -1,0 +1,31 @@
+//! The ring: a named shared segment through which blocks travel from the loader to the trainer.
+//!
+//! [`words`] says where each fact lives; [`producer`] and [`consumer`] are the two state machines over those words, pure, without a
+//! system call; [`segment`] is the real memory, with locks, futexes and payload slots. A slot goes
+//! FREE → FILLING (loader) → READY → LEASED (trainer) → FREE, each step one compare-and-swap of one word that holds state, owner epoch
+//! and generation. Failure: a process that finds itself replaced (fenced) stops and touches nothing; a dead process's slots are freed by
+//! its successor, who may take the role only when the kernel has dropped the dead one's lock.
+
+pub mod consumer;
+pub mod producer;
+pub mod segment;
+pub mod words;
+
+#[cfg(test)]
+mod tests;
+
+use crate::config::Config;
+
+/// Name of the run's segment below /dev/shm: runs with different output folders never meet.
+#[must_use]
+pub fn name(config: &Config) -> String {
+    // Made absolute without touching the disk: the folder need not exist yet, and every process starts in the same one.
+    let folder = std::path::absolute(&config.output_dir).unwrap_or_else(|_| config.output_dir.clone());
+    let digest = blake3::hash(folder.as_os_str().as_encoded_bytes());
+    format!("serenity-{}", &digest.to_hex()[..16])
+}
+
+/// Unlinks the run's segment if nobody is attached to it any more.
+pub fn cleanup(config: &Config) {
+    segment::unlink_if_unused(&std::path::Path::new("/dev/shm").join(name(config)));
+}

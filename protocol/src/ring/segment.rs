@@ -1,0 +1,492 @@
+//! The ring's memory: a named shared segment, its header, its locks, its futexes, its payload slots.
+//!
+//! The shared_memory crate maps the segment; two guards surround it. It only sets a length, so on a full /dev/shm the first touch of
+//! a page would be a SIGBUS: the pages are reserved with `posix_fallocate` before anything is written. And its Drop would unlink a
+//! name that may belong to someone else by then: ownership is dropped at once, and [`Segment::leave`] unlinks when the last user goes.
+//!
+//! Roles are open-file-description locks on bytes of the segment file: byte 0 loader, byte 1 consumer, byte 2 shared by everyone
+//! attached. The kernel drops them exactly when the process is gone, so a lock that can be taken is proof of death.
+//!
+//! This is the one file of the crate with unsafe code: the mapped words and payload slices.
+
+use std::fs::File;
+use std::os::fd::AsFd;
+use std::os::unix::fs::MetadataExt;
+use std::path::{Path, PathBuf};
+use std::sync::Arc;
+use std::sync::atomic::{AtomicU32, AtomicU64, Ordering};
+use std::time::Duration;
+
+use nix::fcntl::{FcntlArg, fcntl, posix_fallocate};
+use nix::libc;
+use rustix::thread::futex;
+use shared_memory::{Shmem, ShmemConf};
+
+use super::words::{ENDIAN_TAG, LAYOUT_VERSION, MAGIC, READY_TAG, REQUEST_CAPACITY, SLOTS_MAX, Shape, SlotWord, State, Words, checksum, header, slot};
+use crate::config::PayloadForm;
+use crate::error::{Error, Result};
+
+/// Where the kernel shows named segments.
+const SHM_FOLDER: &str = "/dev/shm";
+/// Longest sleep on a futex: after it, the peer is looked at again.
+pub const WAIT_MAX: Duration = Duration::from_millis(100);
+const PAGE: usize = 4096;
+
+/// What a segment is for; two segments of equal specification are interchangeable.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct RingSpec {
+    /// Name below /dev/shm.
+    pub name: String,
+    /// Slots.
+    pub slots: usize,
+    /// Payload bytes of a slot, a multiple of 4096.
+    pub chunk_bytes: u64,
+    /// Signature of the slab.
+    pub signature: u64,
+    /// What the payload is.
+    pub form: PayloadForm,
+    /// Blocks of the model.
+    pub blocks: usize,
+}
+
+impl RingSpec {
+    fn shape(&self) -> Shape {
+        Shape { slots: self.slots, requests: REQUEST_CAPACITY }
+    }
+
+    fn payload_at(&self) -> usize {
+        (self.shape().words() * 8).next_multiple_of(PAGE)
+    }
+
+    /// Bytes of the whole segment.
+    #[must_use]
+    pub fn bytes(&self) -> u64 {
+        self.payload_at() as u64 + self.slots as u64 * self.chunk_bytes
+    }
+
+    fn header(&self) -> [u64; 11] {
+        let mut words = [0; 11];
+        words[header::MAGIC] = MAGIC;
+        words[header::VERSION] = LAYOUT_VERSION;
+        words[header::ENDIAN] = ENDIAN_TAG;
+        words[header::BYTES] = self.bytes();
+        words[header::SLOTS] = self.slots as u64;
+        words[header::CHUNK_BYTES] = self.chunk_bytes;
+        words[header::SIGNATURE] = self.signature;
+        words[header::FORM] = match self.form {
+            PayloadForm::Bf16 => 1,
+            PayloadForm::Int8 => 2,
+        };
+        words[header::REQUESTS] = REQUEST_CAPACITY as u64;
+        words[header::BOOT] = boot_digest();
+        words[header::BLOCKS] = self.blocks as u64;
+        words
+    }
+
+    fn check(&self) -> Result<()> {
+        if self.slots == 0 || self.slots > SLOTS_MAX || self.chunk_bytes == 0 || !self.chunk_bytes.is_multiple_of(PAGE as u64) {
+            return Err(Error::config("the ring has no usable shape")
+                .expected(format!("1 to {SLOTS_MAX} slots of a multiple of {PAGE} bytes"))
+                .found(format!("{} slots of {} bytes", self.slots, self.chunk_bytes))
+                .advice("set memory.stagehand.pinned_pool_mb to a multiple of ring_chunk_mb"));
+        }
+        Ok(())
+    }
+
+    /// Path of the segment file.
+    #[must_use]
+    pub fn path(&self) -> PathBuf {
+        Path::new(SHM_FOLDER).join(&self.name)
+    }
+}
+
+/// Who may hold the ring, as lock bytes of the segment file.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum RingRole {
+    /// Fills slots.
+    Loader,
+    /// Leases them.
+    Consumer,
+}
+
+impl RingRole {
+    fn byte(self) -> i64 {
+        match self {
+            RingRole::Loader => 0,
+            RingRole::Consumer => 1,
+        }
+    }
+    fn pid_word(self) -> usize {
+        match self {
+            RingRole::Loader => super::words::loader::PID,
+            RingRole::Consumer => super::words::consumer::PID,
+        }
+    }
+}
+
+const ATTACHED_BYTE: i64 = 2;
+
+/// A mapped ring. Clones share the mapping.
+#[derive(Clone)]
+pub struct Segment {
+    inner: Arc<Mapping>,
+}
+
+struct Mapping {
+    shmem: Shmem,
+    /// Carries the locks of this process; its own open file description.
+    file: File,
+    spec: RingSpec,
+    shape: Shape,
+    payload_at: usize,
+}
+
+// SAFETY: `Shmem` is a pointer to a mapping that lives as long as it does, and it is never changed after construction. All shared
+// words are accessed as atomics; payload bytes are accessed by one thread at a time per slot (see `slot_filling` and `slot_leased`).
+unsafe impl Send for Mapping {}
+// SAFETY: as above.
+unsafe impl Sync for Mapping {}
+
+impl Segment {
+    /// For the loader: opens the segment of `spec`, or makes it; takes the loader's role. A segment of another specification (other slab,
+    /// other shape, before a reboot, never finished) is replaced if nobody uses it.
+    ///
+    /// # Errors
+    /// [`Error::Absent`] if another loader has the role or a consumer uses a ring of another shape; [`Error::TryAgain`] if /dev/shm is full.
+    pub fn open_or_create(spec: &RingSpec) -> Result<Self> {
+        spec.check()?;
+        for _ in 0..8 {
+            let path = spec.path();
+            match File::options().read(true).write(true).open(&path) {
+                Ok(file) => {
+                    if !lock(&file, RingRole::Loader.byte(), libc::F_WRLCK)? {
+                        return Err(busy(&path, RingRole::Loader, &file));
+                    }
+                    if !is_current(&file, &path) {
+                        continue;
+                    }
+                    let finished = Self::map(spec, file.try_clone().map_err(|e| Error::io("cannot use the ring", &path, e))?);
+                    match finished {
+                        // try_clone shares the open file description, and with it the locks.
+                        Ok(segment) => return Ok(segment),
+                        Err(reason) => Self::remove_unused(&path, &file, &reason)?,
+                    }
+                }
+                Err(e) if e.kind() == std::io::ErrorKind::NotFound => {
+                    if let Some(segment) = Self::create(spec)? {
+                        return Ok(segment);
+                    }
+                }
+                Err(e) => return Err(Error::io("cannot open the ring", &path, e)),
+            }
+        }
+        Err(Error::try_again("the ring keeps changing while it is opened").at(spec.path()))
+    }
+
+    /// Makes a new segment; `None` if someone else was faster.
+    fn create(spec: &RingSpec) -> Result<Option<Self>> {
+        let path = spec.path();
+        let bytes = spec.bytes();
+        let mut shmem = match ShmemConf::new().size(bytes as usize).os_id(&spec.name).create() {
+            Ok(shmem) => shmem,
+            Err(shared_memory::ShmemError::MappingIdExists) => return Ok(None),
+            Err(e) => return Err(Error::absent("cannot create the ring in shared memory").at(path).cause(e)),
+        };
+        shmem.set_owner(false);
+        let file = File::options().read(true).write(true).open(&path).map_err(|e| Error::io("cannot open the ring", &path, e))?;
+        if !lock(&file, RingRole::Loader.byte(), libc::F_WRLCK)? {
+            return Ok(None);
+        }
+        // Without this, a full /dev/shm would show as SIGBUS at the first touch of a page.
+        if let Err(e) = posix_fallocate(file.as_fd(), 0, bytes as i64) {
+            let _ = std::fs::remove_file(&path);
+            return Err(Error::try_again("shared memory is too small for the ring")
+                .at(path)
+                .expected(format!("{} MiB free in {SHM_FOLDER}", bytes.div_ceil(1 << 20)))
+                .found(free_space_text())
+                .cause(e)
+                .advice("lower memory.stagehand.pinned_pool_mb, or give /dev/shm more room (mount -o remount,size=...)"));
+        }
+        let segment = Self::wrap(shmem, file, spec)?;
+        let words = segment.words();
+        let free = SlotWord { state: State::Free, epoch: 0, generation: 0 }.pack();
+        for index in 0..spec.slots {
+            words.store(segment.shape().slot(index) + slot::STATE, free);
+        }
+        let head = spec.header();
+        for (i, word) in head.into_iter().enumerate() {
+            words.store(i, word);
+        }
+        words.store(header::CHECKSUM, checksum(&head));
+        words.store(header::READY, READY_TAG);
+        Ok(Some(segment))
+    }
+
+    /// For the consumer: opens the segment if it is there and finished, and takes the consumer's role. `None`: not there yet.
+    ///
+    /// # Errors
+    /// [`Error::Absent`] if another consumer has the role, [`Error::Data`] if the segment is of another slab or shape.
+    pub fn open(spec: &RingSpec) -> Result<Option<Self>> {
+        spec.check()?;
+        let path = spec.path();
+        let file = match File::options().read(true).write(true).open(&path) {
+            Ok(file) => file,
+            Err(e) if e.kind() == std::io::ErrorKind::NotFound => return Ok(None),
+            Err(e) => return Err(Error::io("cannot open the ring", &path, e)),
+        };
+        if !lock(&file, RingRole::Consumer.byte(), libc::F_WRLCK)? {
+            return Err(busy(&path, RingRole::Consumer, &file));
+        }
+        // The shared lock comes before the look at the name: from here on nobody unlinks what we are about to map.
+        if !lock(&file, ATTACHED_BYTE, libc::F_RDLCK)? || !is_current(&file, &path) {
+            return Ok(None);
+        }
+        match Self::map(spec, file) {
+            Ok(segment) => Ok(Some(segment)),
+            Err(Unusable::NotReady) => Ok(None),
+            Err(Unusable::Other(error)) => Err(error),
+        }
+    }
+
+    /// Maps an existing file and checks its header against `spec`.
+    fn map(spec: &RingSpec, file: File) -> Result<Self, Unusable> {
+        let path = spec.path();
+        let length = file.metadata().map_err(|e| Error::io("cannot inspect the ring", &path, e))?.len();
+        if length < (header::READY as u64 + 1) * 8 {
+            return Err(Unusable::NotReady);
+        }
+        let shmem = ShmemConf::new()
+            .os_id(&spec.name)
+            .open()
+            .map_err(|e| Error::absent("cannot map the ring").at(&path).cause(e))?;
+        let wrapped = Self::wrap(shmem, file, spec)?;
+        let words = wrapped.words();
+        if words.load(header::READY) != READY_TAG {
+            return Err(Unusable::NotReady);
+        }
+        let expected = spec.header();
+        let mut found = [0; 11];
+        for (i, word) in found.iter_mut().enumerate() {
+            *word = words.load(i);
+        }
+        if words.load(header::CHECKSUM) != checksum(&found) {
+            return Err(Error::data("the ring's header is torn: its checksum does not hold").at(&path).offset(0).into());
+        }
+        const FIELDS: [&str; 11] =
+            ["magic", "version", "byte order", "bytes", "slots", "chunk bytes", "slab signature", "payload form", "request queue", "boot", "blocks"];
+        for (i, field) in FIELDS.iter().enumerate() {
+            if found[i] != expected[i] {
+                return Err(Error::data(format!("the ring in shared memory was made for something else: its {field} differs"))
+                    .at(&path)
+                    .offset(i as u64 * 8)
+                    .expected(format!("{:#x}", expected[i]))
+                    .found(format!("{:#x}", found[i]))
+                    .advice("stop the other run that uses this output folder, or start the loader first: it replaces a ring nobody uses")
+                    .into());
+            }
+        }
+        Ok(wrapped)
+    }
+
+    fn wrap(shmem: Shmem, file: File, spec: &RingSpec) -> Result<Self> {
+        let (shape, payload_at) = (spec.shape(), spec.payload_at());
+        if (shmem.len() as u64) < spec.bytes() {
+            return Err(Error::data("the ring in shared memory is shorter than its shape needs")
+                .at(spec.path())
+                .expected(format!("{} bytes", spec.bytes()))
+                .found(format!("{} bytes", shmem.len())));
+        }
+        if !lock(&file, ATTACHED_BYTE, libc::F_RDLCK)? {
+            return Err(Error::try_again("the ring is being removed by another process").at(spec.path()));
+        }
+        Ok(Self { inner: Arc::new(Mapping { shmem, file, spec: spec.clone(), shape, payload_at }) })
+    }
+
+    /// Unlinks a segment that cannot serve, if nobody is attached to it.
+    fn remove_unused(path: &Path, file: &File, reason: &Unusable) -> Result<()> {
+        // Our own shared lock, if mapping got that far, is upgraded; anybody else's makes this fail.
+        if !lock(file, ATTACHED_BYTE, libc::F_WRLCK)? {
+            return Err(Error::absent("a process still uses a ring of another run in this place").at(path).cause(match reason {
+                Unusable::NotReady => "its creator has not finished".to_string(),
+                Unusable::Other(e) => e.to_string(),
+            }));
+        }
+        std::fs::remove_file(path).map_err(|e| Error::io("cannot remove a stale ring", path, e))
+    }
+
+    /// Lets go of the segment: releases this process's locks, and unlinks the name if it was the last one attached.
+    pub fn leave(self) {
+        let path = self.inner.spec.path();
+        let file = &self.inner.file;
+        for byte in [RingRole::Loader.byte(), RingRole::Consumer.byte(), ATTACHED_BYTE] {
+            let _ = lock(file, byte, libc::F_UNLCK);
+        }
+        unlink_if_unused(&path);
+    }
+
+    /// The specification that it was opened with.
+    #[must_use]
+    pub fn spec(&self) -> &RingSpec {
+        &self.inner.spec
+    }
+
+    /// Where words are.
+    #[must_use]
+    pub fn shape(&self) -> Shape {
+        self.inner.shape
+    }
+
+    /// The shared words.
+    #[must_use]
+    pub fn words(&self) -> &[AtomicU64] {
+        let start = self.inner.shmem.as_ptr().cast::<AtomicU64>();
+        // SAFETY: `wrap` checked that the mapping is at least `spec.bytes()` long, which covers `shape.words()` words; a mapping
+        // starts on a page; the memory is shared only as atomics; it lives as long as `self.inner`.
+        unsafe { std::slice::from_raw_parts(start, self.inner.shape.words()) }
+    }
+
+    /// The payload of a slot that this process holds FILLING.
+    ///
+    /// # Safety
+    /// The caller holds the slot in state FILLING under its own epoch, and makes no second slice of it.
+    #[must_use]
+    #[allow(clippy::mut_from_ref)]
+    pub unsafe fn slot_filling(&self, slot: usize) -> &mut [u8] {
+        assert!(slot < self.inner.spec.slots, "slot {slot} of {}", self.inner.spec.slots);
+        let bytes = self.inner.spec.chunk_bytes as usize;
+        // SAFETY: inside the mapping by the check in `wrap`; exclusive by the caller's promise.
+        unsafe { std::slice::from_raw_parts_mut(self.inner.shmem.as_ptr().add(self.inner.payload_at + slot * bytes), bytes) }
+    }
+
+    /// The payload of a slot that this process holds LEASED (or that it wants to compare with a checksum).
+    ///
+    /// # Safety
+    /// Nobody writes the slot while the slice lives: it is LEASED to the caller, or READY, or FILLING under the caller's epoch.
+    #[must_use]
+    pub unsafe fn slot_payload(&self, slot: usize, bytes: u64) -> &[u8] {
+        assert!(slot < self.inner.spec.slots && bytes <= self.inner.spec.chunk_bytes, "slot {slot}, {bytes} bytes");
+        let chunk = self.inner.spec.chunk_bytes as usize;
+        // SAFETY: inside the mapping by the check in `wrap`; unwritten by the caller's promise.
+        unsafe { std::slice::from_raw_parts(self.inner.shmem.as_ptr().add(self.inner.payload_at + slot * chunk), bytes as usize) }
+    }
+
+    fn futex_of(&self, word: usize) -> &AtomicU32 {
+        // SAFETY: the low half of a word inside the mapping; AtomicU32 has no stricter alignment than AtomicU64, and mixed-size
+        // access is confined to the kernel's comparison and the load below.
+        unsafe { AtomicU32::from_ptr(self.words()[word].as_ptr().cast::<u32>().add(usize::from(cfg!(target_endian = "big")))) }
+    }
+
+    /// The event count of `word`, to be taken before looking at the state that one waits for.
+    #[must_use]
+    pub fn ticket(&self, word: usize) -> u32 {
+        // Acquire: pairs with the Release increment in `wake`.
+        self.words()[word].load(Ordering::Acquire) as u32
+    }
+
+    /// Sleeps until the event count of `word` differs from `ticket`, at most [`WAIT_MAX`].
+    pub fn wait(&self, word: usize, ticket: u32) {
+        let timeout = futex::Timespec { tv_sec: 0, tv_nsec: WAIT_MAX.as_nanos() as i64 };
+        // Woken, timed out, interrupted or changed already: in each case the caller looks again.
+        let _ = futex::wait(self.futex_of(word), futex::Flags::empty(), ticket, Some(&timeout));
+    }
+
+    /// Counts an event on `word` and wakes whoever sleeps on it.
+    pub fn wake(&self, word: usize) {
+        // Release: what happened before is visible to who sees the new count in `ticket`.
+        self.words()[word].fetch_add(1, Ordering::Release);
+        let _ = futex::wake(self.futex_of(word), futex::Flags::empty(), u32::MAX >> 1);
+    }
+
+    /// Whether some process holds `role`: proof of life, because the kernel drops the lock with the process.
+    #[must_use]
+    pub fn is_held(&self, role: RingRole) -> bool {
+        !would_lock(&self.inner.file, role.byte())
+    }
+
+    /// Records this process as the holder of `role`, for messages.
+    pub fn sign(&self, role: RingRole) {
+        let pid = std::process::id();
+        self.words().store(role.pid_word(), u64::from(pid));
+        self.words().store(role.pid_word() + 1, start_time(pid).unwrap_or(0));
+    }
+}
+
+enum Unusable {
+    NotReady,
+    Other(Error),
+}
+
+impl From<Error> for Unusable {
+    fn from(error: Error) -> Self {
+        Unusable::Other(error)
+    }
+}
+
+/// Unlinks a segment file that nobody is attached to. Safe at any time: a user holds the shared lock.
+pub fn unlink_if_unused(path: &Path) {
+    let Ok(file) = File::options().read(true).write(true).open(path) else { return };
+    if matches!(lock(&file, ATTACHED_BYTE, libc::F_WRLCK), Ok(true)) && is_current(&file, path) {
+        // A user that opened the file before this unlink fails to lock or to find itself current, and starts over.
+        let _ = std::fs::remove_file(path);
+    }
+}
+
+fn is_current(file: &File, path: &Path) -> bool {
+    match (file.metadata(), std::fs::metadata(path)) {
+        (Ok(a), Ok(b)) => (a.dev(), a.ino()) == (b.dev(), b.ino()),
+        _ => false,
+    }
+}
+
+fn flock_of(byte: i64, kind: i32) -> libc::flock {
+    libc::flock { l_type: kind as i16, l_whence: libc::SEEK_SET as i16, l_start: byte, l_len: 1, l_pid: 0 }
+}
+
+/// Sets or drops an open-file-description lock; false if someone else's is in the way.
+fn lock(file: &File, byte: i64, kind: i32) -> Result<bool> {
+    match fcntl(file.as_fd(), FcntlArg::F_OFD_SETLK(&flock_of(byte, kind))) {
+        Ok(_) => Ok(true),
+        Err(nix::errno::Errno::EAGAIN | nix::errno::Errno::EACCES) => Ok(false),
+        Err(e) => Err(Error::absent("cannot lock the ring").cause(e)),
+    }
+}
+
+fn would_lock(file: &File, byte: i64) -> bool {
+    let mut query = flock_of(byte, libc::F_WRLCK);
+    fcntl(file.as_fd(), FcntlArg::F_OFD_GETLK(&mut query)).is_ok() && i32::from(query.l_type) == libc::F_UNLCK
+}
+
+fn busy(path: &Path, role: RingRole, file: &File) -> Error {
+    let mut word = [0u8; 8];
+    let read = std::os::unix::fs::FileExt::read_exact_at(file, &mut word, role.pid_word() as u64 * 8);
+    let holder = match read {
+        Ok(()) if u64::from_le_bytes(word) != 0 => format!("process {}", u64::from_le_bytes(word)),
+        _ => "another process".to_string(),
+    };
+    let name = match role {
+        RingRole::Loader => "loader",
+        RingRole::Consumer => "trainer",
+    };
+    Error::absent(format!("the ring already has a {name}: {holder}"))
+        .at(path)
+        .advice(format!("stop that {name}, or use another output_dir for this run"))
+}
+
+/// Start time of a process in clock ticks since boot, field 22 of `/proc/PID/stat`: tells a process from a later one with its number.
+#[must_use]
+pub fn start_time(pid: u32) -> Option<u64> {
+    let stat = std::fs::read_to_string(format!("/proc/{pid}/stat")).ok()?;
+    stat.rsplit_once(')')?.1.split_whitespace().nth(19)?.parse().ok()
+}
+
+fn boot_digest() -> u64 {
+    let id = std::fs::read("/proc/sys/kernel/random/boot_id").unwrap_or_default();
+    xxhash_rust::xxh3::xxh3_64(&id)
+}
+
+fn free_space_text() -> String {
+    match rustix::fs::statvfs(SHM_FOLDER) {
+        Ok(s) => format!("{} MiB free", (s.f_bavail * s.f_frsize) >> 20),
+        Err(_) => "unknown".to_string(),
+    }
+}

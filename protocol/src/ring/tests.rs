@@ -1,0 +1,355 @@
+#![allow(clippy::unwrap_used, clippy::expect_used)]
+//! The two state machines against each other over plain memory, with random schedules and crashes between calls; and the real segment.
+
+use std::collections::VecDeque;
+use std::sync::atomic::AtomicU64;
+
+use super::consumer::{Consumer, Leased};
+use super::producer::{Action, Catalogue, Job, Producer};
+use super::segment::{RingRole, RingSpec, Segment};
+use super::words::{ChunkId, Descriptor, Shape, SlotWord, State, Words, slot};
+use crate::config::PayloadForm;
+
+const SIGNATURE: u64 = 77;
+
+/// A small deterministic generator (xorshift*), so that a failing seed can be replayed.
+struct Dice(u64);
+
+impl Dice {
+    fn new(seed: u64) -> Self {
+        Self(seed.wrapping_mul(0x9e37_79b9_7f4a_7c15) | 1)
+    }
+    fn roll(&mut self, sides: u64) -> u64 {
+        self.0 ^= self.0 >> 12;
+        self.0 ^= self.0 << 25;
+        self.0 ^= self.0 >> 27;
+        (self.0.wrapping_mul(0x2545_f491_4f6c_dd1d) >> 33) % sides
+    }
+}
+
+/// The payload bytes of the model: what each slot really holds, and the checksum that the fill computed.
+fn payload_of(content: ChunkId) -> u64 {
+    content.pack().wrapping_mul(0x9e37_79b9) | 1
+}
+
+struct World<'a> {
+    memory: &'a [AtomicU64],
+    shape: Shape,
+    catalogue: Catalogue,
+    /// What a reader of the slot's bytes would find; `None` = half written.
+    bytes: Vec<Option<ChunkId>>,
+    producer: Option<Producer<&'a [AtomicU64]>>,
+    jobs: VecDeque<Job>,
+    consumer: Option<Consumer<&'a [AtomicU64]>>,
+    leases: VecDeque<Leased>,
+    wanted: VecDeque<ChunkId>,
+    backlog: VecDeque<u16>,
+    fills: u64,
+    generations: Vec<u64>,
+}
+
+impl<'a> World<'a> {
+    fn new(memory: &'a [AtomicU64], shape: Shape, catalogue: Catalogue) -> Self {
+        let free = SlotWord { state: State::Free, epoch: 0, generation: 0 }.pack();
+        for i in 0..shape.slots {
+            memory.store(shape.slot(i) + slot::STATE, free);
+        }
+        Self {
+            memory,
+            shape,
+            catalogue,
+            bytes: vec![None; shape.slots],
+            producer: None,
+            jobs: VecDeque::new(),
+            consumer: None,
+            leases: VecDeque::new(),
+            wanted: VecDeque::new(),
+            backlog: VecDeque::new(),
+            fills: 0,
+            generations: vec![0; shape.slots],
+        }
+    }
+
+    fn producer_step(&mut self, dice: &mut Dice) {
+        let Some(producer) = &mut self.producer else {
+            self.producer = Some(Producer::attach(self.memory, self.shape, self.catalogue.clone()).unwrap());
+            return;
+        };
+        if !self.jobs.is_empty() && dice.roll(2) == 0 {
+            let job = self.jobs.remove(dice.roll(self.jobs.len() as u64) as usize).unwrap();
+            self.bytes[job.slot] = Some(job.content);
+            self.fills += 1;
+            producer.publish(job, 8, payload_of(job.content)).unwrap();
+            return;
+        }
+        match producer.next_action().unwrap() {
+            Action::Wait | Action::Republished(_) => {}
+            Action::Fill(job) => {
+                self.bytes[job.slot] = None;
+                self.jobs.push_back(job);
+            }
+            Action::Verify(job, checksum) => {
+                if self.bytes[job.slot].map(payload_of) == Some(checksum) {
+                    producer.publish(job, 8, checksum).unwrap();
+                } else {
+                    producer.abandon(job).unwrap();
+                }
+            }
+        }
+    }
+
+    fn consumer_step(&mut self, dice: &mut Dice) {
+        let Some(consumer) = &mut self.consumer else {
+            self.consumer = Some(Consumer::attach(self.memory, self.shape, self.catalogue.clone()).unwrap());
+            return;
+        };
+        match dice.roll(4) {
+            0 if self.backlog.len() + self.wanted.len() < 60 => {
+                for _ in 0..=dice.roll(6) {
+                    self.backlog.push_back(dice.roll(self.catalogue.chunks.len() as u64) as u16);
+                }
+                let blocks: Vec<u16> = self.backlog.iter().copied().collect();
+                let posted = consumer.post(&blocks).unwrap();
+                for block in self.backlog.drain(..posted) {
+                    self.wanted.extend((0..self.catalogue.chunks[usize::from(block)]).map(|chunk| ChunkId { block, chunk }));
+                }
+            }
+            1 if !self.leases.is_empty() => {
+                let lease = self.leases.pop_front().unwrap();
+                // Bytes must not have changed while they were leased.
+                assert_eq!(self.bytes[lease.slot], Some(lease.content));
+                consumer.release(&lease).unwrap();
+            }
+            _ if !self.wanted.is_empty() && self.leases.len() + 1 < self.shape.slots.max(2) => {
+                if let Some(lease) = consumer.try_lease().unwrap() {
+                    assert_eq!(Some(lease.content), self.wanted.pop_front(), "out of order");
+                    assert_eq!(self.bytes[lease.slot], Some(lease.content), "leased bytes that are not the chunk's");
+                    assert_eq!(lease.payload, payload_of(lease.content));
+                    self.leases.push_back(lease);
+                }
+            }
+            _ => {}
+        }
+    }
+
+    fn crash(&mut self, dice: &mut Dice) {
+        if dice.roll(2) == 0 {
+            self.producer = None;
+            self.jobs.clear();
+        } else {
+            self.consumer = None;
+            self.leases.clear();
+            self.wanted.clear();
+            self.backlog.clear();
+        }
+    }
+
+    fn check(&mut self) {
+        for i in 0..self.shape.slots {
+            let word = SlotWord::unpack(self.memory.load(self.shape.slot(i) + slot::STATE)).expect("a known state");
+            assert!(word.generation >= self.generations[i], "a generation decreased");
+            self.generations[i] = word.generation;
+            if matches!(word.state, State::Ready | State::Leased) {
+                let descriptor = Descriptor::read(self.memory, self.shape.slot(i)).expect("READY carries a valid descriptor");
+                assert_eq!(self.bytes[i], Some(descriptor.content));
+            }
+        }
+    }
+}
+
+fn play(seed: u64, crashes: bool) -> u64 {
+    let mut dice = Dice::new(seed);
+    let shape = Shape { slots: 1 + dice.roll(6) as usize, requests: 4 + dice.roll(8) as usize };
+    let catalogue = Catalogue { chunks: (0..1 + dice.roll(5)).map(|_| 1 + dice.roll(3) as u16).collect(), signature: SIGNATURE };
+    let memory: Vec<AtomicU64> = (0..shape.words()).map(|_| AtomicU64::new(0)).collect();
+    let mut world = World::new(&memory, shape, catalogue);
+    for _ in 0..600 {
+        match dice.roll(if crashes { 41 } else { 40 }) {
+            0..20 => world.producer_step(&mut dice),
+            20..40 => world.consumer_step(&mut dice),
+            _ => world.crash(&mut dice),
+        }
+        world.check();
+    }
+    // Liveness: without further crashes everything that was asked for arrives.
+    for round in 0.. {
+        if world.consumer.is_some() && world.wanted.is_empty() && world.leases.is_empty() {
+            break;
+        }
+        assert!(round < 20_000, "seed {seed}: stuck with {} chunks wanted, {} leased", world.wanted.len(), world.leases.len());
+        world.producer_step(&mut dice);
+        world.consumer_step(&mut dice);
+        world.check();
+    }
+    world.fills
+}
+
+#[test]
+fn every_schedule_delivers_in_order() {
+    let fills: u64 = (0..2_000).map(|seed| play(seed, false)).sum();
+    assert!(fills > 2_000);
+}
+
+#[test]
+fn every_schedule_with_crashes_delivers_in_order() {
+    let fills: u64 = (0..4_000).map(|seed| play(seed, true)).sum();
+    assert!(fills > 4_000);
+}
+
+/// Forward, backward, forward, backward over `blocks` blocks of one chunk with a pool of `slots`: how many fills it takes.
+fn fills_of_steps(blocks: u16, slots: usize, steps: usize) -> u64 {
+    let shape = Shape { slots, requests: 4096 };
+    let memory: Vec<AtomicU64> = (0..shape.words()).map(|_| AtomicU64::new(0)).collect();
+    let catalogue = Catalogue { chunks: vec![1; usize::from(blocks)], signature: SIGNATURE };
+    let mut world = World::new(&memory, shape, catalogue.clone());
+    let mut producer = Producer::attach(&memory[..], shape, catalogue.clone()).unwrap();
+    let mut consumer = Consumer::attach(&memory[..], shape, catalogue).unwrap();
+    for _ in 0..steps {
+        let pass: Vec<u16> = (0..blocks).chain((0..blocks - 1).rev()).collect();
+        assert_eq!(consumer.post(&pass).unwrap(), pass.len());
+        let mut taken = 0;
+        while taken < pass.len() {
+            loop {
+                match producer.next_action().unwrap() {
+                    Action::Wait => break,
+                    Action::Fill(job) => {
+                        world.fills += 1;
+                        producer.publish(job, 8, 1).unwrap();
+                    }
+                    Action::Republished(_) => {}
+                    Action::Verify(..) => panic!("nothing is older than this loader"),
+                }
+            }
+            let lease = consumer.try_lease().unwrap().expect("delivered");
+            assert_eq!(lease.content.block, pass[taken]);
+            consumer.release(&lease).unwrap();
+            taken += 1;
+        }
+    }
+    world.fills
+}
+
+#[test]
+fn a_pool_as_large_as_the_model_reads_it_once() {
+    assert_eq!(fills_of_steps(7, 7, 5), 7);
+    assert_eq!(fills_of_steps(7, 64, 5), 7);
+}
+
+#[test]
+fn a_smaller_pool_reads_no_more_than_what_does_not_fit() {
+    // Belady on a forward-backward sweep: each pass misses at most the blocks beyond the pool, plus the lookahead.
+    for slots in 3..7 {
+        let steps = 6;
+        let fills = fills_of_steps(7, slots, steps);
+        let bound = 7 + (2 * steps as u64) * (7 - slots as u64 + 2);
+        assert!(fills <= bound, "{slots} slots: {fills} fills, bound {bound}");
+    }
+}
+
+#[test]
+fn a_second_loader_fences_the_first() {
+    let shape = Shape { slots: 2, requests: 8 };
+    let memory: Vec<AtomicU64> = (0..shape.words()).map(|_| AtomicU64::new(0)).collect();
+    let catalogue = Catalogue { chunks: vec![1, 1], signature: SIGNATURE };
+    World::new(&memory, shape, catalogue.clone());
+    let mut first = Producer::attach(&memory[..], shape, catalogue.clone()).unwrap();
+    let mut consumer = Consumer::attach(&memory[..], shape, catalogue.clone()).unwrap();
+    consumer.post(&[0, 1]).unwrap();
+    let Action::Fill(job) = first.next_action().unwrap() else { panic!("a fill is due") };
+    let _second = Producer::attach(&memory[..], shape, catalogue).unwrap();
+    assert_eq!(first.publish(job, 8, 1).unwrap_err().exit_code(), 69);
+    assert_eq!(first.next_action().unwrap_err().exit_code(), 69);
+    assert_eq!(consumer.try_lease().unwrap(), None);
+}
+
+fn spec(name: &str) -> RingSpec {
+    RingSpec {
+        name: format!("serenity-test-{}-{name}", std::process::id()),
+        slots: 3,
+        chunk_bytes: 8192,
+        signature: SIGNATURE,
+        form: PayloadForm::Int8,
+        blocks: 2,
+    }
+}
+
+#[test]
+fn segment_roles_are_exclusive_and_the_last_one_unlinks() {
+    let spec = spec("roles");
+    assert!(Segment::open(&spec).unwrap().is_none(), "nothing there yet");
+    let loader = Segment::open_or_create(&spec).unwrap();
+    loader.sign(RingRole::Loader);
+    let second = Segment::open_or_create(&spec).err().expect("one loader only");
+    assert_eq!(second.exit_code(), 69);
+    assert!(second.to_string().contains(&std::process::id().to_string()), "{second}");
+    let trainer = Segment::open(&spec).unwrap().expect("ready");
+    assert!(loader.is_held(RingRole::Consumer) && trainer.is_held(RingRole::Loader));
+    loader.leave();
+    assert!(spec.path().exists(), "the trainer is still attached");
+    assert!(!trainer.is_held(RingRole::Loader));
+    let again = Segment::open_or_create(&spec).unwrap();
+    trainer.leave();
+    again.leave();
+    assert!(!spec.path().exists());
+}
+
+#[test]
+fn segment_of_another_slab_is_refused_in_use_and_replaced_when_free() {
+    let old = spec("other");
+    let new = RingSpec { signature: SIGNATURE + 1, ..old.clone() };
+    let loader = Segment::open_or_create(&old).unwrap();
+    let error = Segment::open(&new).err().expect("another slab");
+    assert_eq!(error.exit_code(), 65);
+    assert!(error.to_string().contains("slab signature"), "{error}");
+    let trainer = Segment::open(&old).unwrap().expect("ready");
+    drop(loader);
+    assert_eq!(Segment::open_or_create(&new).err().expect("in use").exit_code(), 69);
+    drop(trainer);
+    let replaced = Segment::open_or_create(&new).unwrap();
+    assert!(Segment::open(&old).is_err());
+    replaced.leave();
+    assert!(!new.path().exists());
+}
+
+#[test]
+fn a_torn_header_is_noticed() {
+    let spec = spec("torn");
+    let loader = Segment::open_or_create(&spec).unwrap();
+    loader.words().store(4, 12345);
+    let error = Segment::open(&spec).err().expect("torn");
+    assert!(error.to_string().contains("torn"), "{error}");
+    loader.leave();
+}
+
+#[test]
+fn a_ring_larger_than_shared_memory_is_an_error_and_leaves_nothing() {
+    let spec = RingSpec { slots: 60_000, chunk_bytes: 1 << 30, ..spec("huge") };
+    let error = Segment::open_or_create(&spec).err().expect("60 TB");
+    assert_eq!(error.exit_code(), 75, "{error}");
+    assert!(!spec.path().exists());
+}
+
+#[test]
+fn payload_and_wake_ups_cross_between_mappings() {
+    let spec = spec("bytes");
+    let loader = Segment::open_or_create(&spec).unwrap();
+    let trainer = Segment::open(&spec).unwrap().expect("ready");
+    // SAFETY: no other slice of slot 2 exists in this test.
+    unsafe { loader.slot_filling(2) }.fill(0xa5);
+    // SAFETY: nobody writes slot 2 from here on.
+    assert!(unsafe { trainer.slot_payload(2, 8192) }.iter().all(|b| *b == 0xa5));
+    let ticket = trainer.ticket(super::words::consumer::WAKE);
+    let waiter = std::thread::spawn({
+        let trainer = trainer.clone();
+        move || {
+            while trainer.ticket(super::words::consumer::WAKE) == ticket {
+                trainer.wait(super::words::consumer::WAKE, ticket);
+            }
+        }
+    });
+    loader.wake(super::words::consumer::WAKE);
+    waiter.join().unwrap();
+    trainer.leave();
+    loader.leave();
+    assert!(!spec.path().exists());
+}
