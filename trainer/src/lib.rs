@@ -4,10 +4,13 @@
 //! block (`model`) → clipping and AdamW on the float32 adapters (`optimizer`, `schedule`) → log, telemetry, checkpoint (`log`,
 //! `telemetry`, `checkpoint`). `run` ties them together.
 
+pub mod checkpoint;
 pub mod log;
 pub mod memory;
 pub mod model;
+pub mod optimizer;
 pub mod plot;
 pub mod rng;
 pub mod schedule;
+pub mod settings;
 pub mod timestep;
