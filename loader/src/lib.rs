@@ -3,6 +3,7 @@
 //! The path of a chunk: the trainer's request → [`service`] (which slot) → [`reader`] (disk to private memory, checked) → [`fill`]
 //! (dequantised or copied into the slot, hashed) → published in the ring. `serenity-slab`'s half is [`slab_tool`].
 
+pub mod bench;
 pub mod fill;
 pub mod reader;
 pub mod service;

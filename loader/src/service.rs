@@ -13,16 +13,16 @@ use std::sync::{Arc, Mutex, MutexGuard};
 use std::time::{Duration, Instant};
 
 use rayon::prelude::*;
-use serenity_protocol::config::{Config, PayloadForm};
-use serenity_protocol::geometry::{BlockId, TransformerGeometry};
+use serenity_protocol::config::Config;
+use serenity_protocol::geometry::TransformerGeometry;
 use serenity_protocol::message::FromChild;
 use serenity_protocol::process::Process;
-use serenity_protocol::ring::producer::{Action, Catalogue, Job, Producer};
-use serenity_protocol::ring::segment::{RingRole, RingSpec, Segment};
-use serenity_protocol::ring::words::{CHUNKS_MAX, Words, consumer, loader};
+use serenity_protocol::ring::plan::RingPlan;
+use serenity_protocol::ring::producer::{Action, Job, Producer};
+use serenity_protocol::ring::segment::{RingRole, Segment};
+use serenity_protocol::ring::words::{Words, consumer, loader};
 use serenity_protocol::slab::Slab;
-use serenity_protocol::slab::layout::SlabLayout;
-use serenity_protocol::{Error, Result, ring};
+use serenity_protocol::{Error, Result};
 
 use crate::fill::Filler;
 use crate::reader::{Fetched, Reader, SlabFile};
@@ -32,85 +32,18 @@ const WORKERS: usize = 3;
 /// How often the display hears from the ring.
 const REPORT_EVERY: Duration = Duration::from_secs(1);
 
-/// How the loader lays out a slab for a ring.
-#[derive(Debug, Clone)]
-pub struct Plan {
-    /// Shape of the ring.
-    pub spec: RingSpec,
-    /// Payloads and chunks.
-    pub layout: SlabLayout,
-}
-
-impl Plan {
-    /// The plan of a configuration for an opened slab.
-    ///
-    /// # Errors
-    /// [`Error::Data`] if the slab is not of this model, [`Error::Config`] if a block has more chunks than the ring can name.
-    pub fn new(config: &Config, slab: &Slab, geometry: &TransformerGeometry) -> Result<Self> {
-        let stagehand = &config.memory.stagehand;
-        let slots = (stagehand.pool_bytes / stagehand.chunk_bytes) as usize;
-        Self::with(ring::name(config), slab, geometry, stagehand.form, slots, stagehand.chunk_bytes)
-    }
-
-    /// The same from its parts.
-    ///
-    /// # Errors
-    /// As [`Self::new`].
-    pub fn with(name: String, slab: &Slab, geometry: &TransformerGeometry, form: PayloadForm, slots: usize, chunk_bytes: u64) -> Result<Self> {
-        slab.check_model(geometry)?;
-        let layout = SlabLayout::new(slab, geometry, form, chunk_bytes)?;
-        let spec = RingSpec { name, slots, chunk_bytes, signature: slab.signature(), form, blocks: geometry.num_blocks() };
-        Ok(Self { spec, layout })
-    }
-
-    /// Chunks of every block, for both ends of the ring.
-    ///
-    /// # Errors
-    /// [`Error::Config`] if a block has more chunks than the ring can name.
-    pub fn catalogue(&self) -> Result<Catalogue> {
-        let chunks = self
-            .layout
-            .blocks
-            .iter()
-            .map(|b| self.layout.chunks_of(b.block))
-            .map(|n| if n as usize <= CHUNKS_MAX { Ok(n as u16) } else { Err(n) })
-            .collect::<Result<Vec<u16>, u32>>()
-            .map_err(|n| {
-                Error::config("memory.stagehand.ring_chunk_mb is too small: a block has too many chunks")
-                    .expected(format!("at most {CHUNKS_MAX} chunks"))
-                    .found(n)
-            })?;
-        Ok(Catalogue { chunks, signature: self.spec.signature })
-    }
-}
-
 /// Shared between the service thread and its workers.
 struct Shared {
     segment: Segment,
-    producer: Mutex<Producer<RingWords>>,
+    producer: Mutex<Producer<Segment>>,
     filler: Filler,
     file: Arc<SlabFile>,
     in_flight: AtomicUsize,
     failed: Mutex<Option<Error>>,
 }
 
-/// The words of a segment, owned: what the producer holds on to.
-struct RingWords(Segment);
-
-impl Words for RingWords {
-    fn load(&self, index: usize) -> u64 {
-        self.0.words().load(index)
-    }
-    fn store(&self, index: usize, value: u64) {
-        self.0.words().store(index, value);
-    }
-    fn swap(&self, index: usize, old: u64, new: u64) -> Result<(), u64> {
-        self.0.words().swap(index, old, new)
-    }
-}
-
 impl Shared {
-    fn producer(&self) -> Result<MutexGuard<'_, Producer<RingWords>>> {
+    fn producer(&self) -> Result<MutexGuard<'_, Producer<Segment>>> {
         self.producer.lock().map_err(|_| Error::invariant("a loader thread panicked while it held the ring"))
     }
 
@@ -167,15 +100,14 @@ impl Shared {
 ///
 /// # Errors
 /// Corrupt slab, ring held by another loader, /dev/shm full; see the module documentation.
-pub fn run(config: &Config, geometry: &TransformerGeometry, process: &Process) -> Result<()> {
-    let slab = Slab::open(&config.memory.slab_path, &config.memory.manifest_path)?;
-    let plan = Plan::new(config, &slab, geometry)?;
+pub fn run(config: &Config, slab: &Slab, geometry: &TransformerGeometry, process: &Process) -> Result<()> {
+    let plan = RingPlan::new(config, slab, geometry)?;
     let threads = config.memory.stagehand.loader_threads;
     // A second pool (tests) keeps the first; results do not depend on the number of threads.
     let _ = rayon::ThreadPoolBuilder::new().num_threads(threads).thread_name(|i| format!("dequantise-{i}")).build_global();
     let segment = Segment::open_or_create(&plan.spec)?;
     segment.sign(RingRole::Loader);
-    let result = serve_segment(&plan, &slab, geometry, &segment, process);
+    let result = serve_segment(&plan, slab, geometry, &segment, process);
     segment.leave();
     result
 }
@@ -184,11 +116,11 @@ pub fn run(config: &Config, geometry: &TransformerGeometry, process: &Process) -
 ///
 /// # Errors
 /// As [`run`].
-pub fn serve_segment(plan: &Plan, slab: &Slab, geometry: &TransformerGeometry, segment: &Segment, process: &Process) -> Result<()> {
+pub fn serve_segment(plan: &RingPlan, slab: &Slab, geometry: &TransformerGeometry, segment: &Segment, process: &Process) -> Result<()> {
     let file = SlabFile::open(slab)?;
     let mut reader = Reader::new(file.clone());
     let filler = Filler::new(slab, geometry, plan.layout.clone(), &mut reader)?;
-    let mut producer = Producer::attach(RingWords(segment.clone()), segment.shape(), plan.catalogue()?)?;
+    let mut producer = Producer::attach(segment.clone(), segment.shape(), plan.catalogue()?)?;
     recheck_ready(&mut producer, segment)?;
     let shared = Shared {
         segment: segment.clone(),
@@ -223,7 +155,7 @@ pub fn serve_segment(plan: &Plan, slab: &Slab, geometry: &TransformerGeometry, s
 }
 
 /// READY slots of an earlier loader whose bytes are damaged are freed before the consumer is told of us.
-fn recheck_ready(producer: &mut Producer<RingWords>, segment: &Segment) -> Result<()> {
+fn recheck_ready(producer: &mut Producer<Segment>, segment: &Segment) -> Result<()> {
     let ready = producer.ready_slots()?;
     let damaged: Vec<usize> = ready
         .into_par_iter()
@@ -296,12 +228,4 @@ fn report(shared: &Shared, process: &Process) -> Result<()> {
     shared.segment.words().store(loader::READ_BYTES, read_bytes);
     process.send(&FromChild::Ring { occupied, slots: shared.segment.spec().slots as u32, read_bytes });
     Ok(())
-}
-
-/// Every block once forward and once backward, the last one once: a training step's order of visits.
-#[must_use]
-pub fn step_order(geometry: &TransformerGeometry) -> Vec<BlockId> {
-    let forward: Vec<BlockId> = geometry.blocks().collect();
-    let backward = forward.iter().rev().skip(1).copied().collect::<Vec<_>>();
-    forward.into_iter().chain(backward).collect()
 }

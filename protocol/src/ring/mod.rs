@@ -1,12 +1,14 @@
 //! The ring: a named shared segment through which blocks travel from the loader to the trainer.
 //!
 //! [`words`] says where each fact lives; [`producer`] and [`consumer`] are the two state machines over those words, pure, without a
-//! system call; [`segment`] is the real memory, with locks, futexes and payload slots. A slot goes
+//! system call; [`segment`] is the real memory, with locks, futexes and payload slots; [`plan`] is what both ends
+//! derive from the configuration and the slab. A slot goes
 //! FREE → FILLING (loader) → READY → LEASED (trainer) → FREE, each step one compare-and-swap of one word that holds state, owner epoch
 //! and generation. Failure: a process that finds itself replaced (fenced) stops and touches nothing; a dead process's slots are freed by
 //! its successor, who may take the role only when the kernel has dropped the dead one's lock.
 
 pub mod consumer;
+pub mod plan;
 pub mod producer;
 pub mod segment;
 pub mod words;

@@ -126,7 +126,7 @@ impl RingRole {
 
 const ATTACHED_BYTE: i64 = 2;
 
-/// A mapped ring. Clones share the mapping.
+/// A mapped ring. Clones share the mapping. It is the memory of the two state machines ([`Words`]).
 #[derive(Clone)]
 pub struct Segment {
     inner: Arc<Mapping>,
@@ -408,6 +408,18 @@ impl Segment {
         let pid = std::process::id();
         self.words().store(role.pid_word(), u64::from(pid));
         self.words().store(role.pid_word() + 1, start_time(pid).unwrap_or(0));
+    }
+}
+
+impl Words for Segment {
+    fn load(&self, index: usize) -> u64 {
+        self.words().load(index)
+    }
+    fn store(&self, index: usize, value: u64) {
+        self.words().store(index, value);
+    }
+    fn swap(&self, index: usize, old: u64, new: u64) -> Result<(), u64> {
+        self.words().swap(index, old, new)
     }
 }
 

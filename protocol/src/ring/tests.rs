@@ -46,6 +46,7 @@ struct World<'a> {
     backlog: VecDeque<u16>,
     fills: u64,
     generations: Vec<u64>,
+    posting: bool,
 }
 
 impl<'a> World<'a> {
@@ -67,6 +68,7 @@ impl<'a> World<'a> {
             backlog: VecDeque::new(),
             fills: 0,
             generations: vec![0; shape.slots],
+            posting: true,
         }
     }
 
@@ -104,8 +106,8 @@ impl<'a> World<'a> {
             return;
         };
         match dice.roll(4) {
-            0 if self.backlog.len() + self.wanted.len() < 60 => {
-                for _ in 0..=dice.roll(6) {
+            0 if self.posting && self.backlog.len() + self.wanted.len() < 60 || !self.backlog.is_empty() => {
+                for _ in 0..if self.posting { 1 + dice.roll(6) } else { 0 } {
                     self.backlog.push_back(dice.roll(self.catalogue.chunks.len() as u64) as u16);
                 }
                 let blocks: Vec<u16> = self.backlog.iter().copied().collect();
@@ -171,9 +173,10 @@ fn play(seed: u64, crashes: bool) -> u64 {
         }
         world.check();
     }
+    world.posting = false;
     // Liveness: without further crashes everything that was asked for arrives.
     for round in 0.. {
-        if world.consumer.is_some() && world.wanted.is_empty() && world.leases.is_empty() {
+        if world.consumer.is_some() && world.backlog.is_empty() && world.wanted.is_empty() && world.leases.is_empty() {
             break;
         }
         assert!(round < 20_000, "seed {seed}: stuck with {} chunks wanted, {} leased", world.wanted.len(), world.leases.len());

@@ -1,0 +1,61 @@
+//! What both ends of a ring derive from the configuration and the slab: its shape, its payloads, its chunks.
+
+use super::producer::Catalogue;
+use super::segment::RingSpec;
+use super::words::CHUNKS_MAX;
+use crate::config::{Config, PayloadForm};
+use crate::error::{Error, Result};
+use crate::geometry::TransformerGeometry;
+use crate::slab::Slab;
+use crate::slab::layout::SlabLayout;
+
+/// Shape of a ring and layout of what travels in it. Loader and trainer build it independently; the segment's header and the slab's
+/// signature prove that they built the same.
+#[derive(Debug, Clone)]
+pub struct RingPlan {
+    /// Shape of the ring.
+    pub spec: RingSpec,
+    /// Payloads and chunks.
+    pub layout: SlabLayout,
+}
+
+impl RingPlan {
+    /// The plan of a configuration for an opened slab.
+    ///
+    /// # Errors
+    /// [`Error::Data`] if the slab is not of this model.
+    pub fn new(config: &Config, slab: &Slab, geometry: &TransformerGeometry) -> Result<Self> {
+        let stagehand = &config.memory.stagehand;
+        let slots = (stagehand.pool_bytes / stagehand.chunk_bytes) as usize;
+        Self::with(super::name(config), slab, geometry, stagehand.form, slots, stagehand.chunk_bytes)
+    }
+
+    /// The same from its parts.
+    ///
+    /// # Errors
+    /// As [`Self::new`].
+    pub fn with(name: String, slab: &Slab, geometry: &TransformerGeometry, form: PayloadForm, slots: usize, chunk_bytes: u64) -> Result<Self> {
+        slab.check_model(geometry)?;
+        let layout = SlabLayout::new(slab, geometry, form, chunk_bytes)?;
+        let spec = RingSpec { name, slots, chunk_bytes, signature: slab.signature(), form, blocks: geometry.num_blocks() };
+        Ok(Self { spec, layout })
+    }
+
+    /// Chunks of every block, for the state machines.
+    ///
+    /// # Errors
+    /// [`Error::Config`] if a block has more chunks than the ring can name.
+    pub fn catalogue(&self) -> Result<Catalogue> {
+        let mut chunks = Vec::with_capacity(self.layout.blocks.len());
+        for block in &self.layout.blocks {
+            let count = self.layout.chunks_of(block.block) as usize;
+            if count > CHUNKS_MAX {
+                return Err(Error::config("memory.stagehand.ring_chunk_mb is too small: a block has too many chunks")
+                    .expected(format!("at most {CHUNKS_MAX} chunks"))
+                    .found(count));
+            }
+            chunks.push(count as u16);
+        }
+        Ok(Catalogue { chunks, signature: self.spec.signature })
+    }
+}
