@@ -5,12 +5,22 @@
 //! `telemetry`, `checkpoint`). `run` ties them together.
 
 pub mod checkpoint;
+pub mod data;
 pub mod log;
+pub mod lora_file;
 pub mod memory;
 pub mod model;
 pub mod optimizer;
+pub mod payload;
+pub mod parity;
 pub mod plot;
+pub mod ring_source;
 pub mod rng;
 pub mod schedule;
 pub mod settings;
+pub mod slab_source;
+pub mod source;
+pub mod synthetic_source;
+#[cfg(test)]
+mod test_support;
 pub mod timestep;

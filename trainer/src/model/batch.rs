@@ -32,4 +32,6 @@ pub struct StepOutput {
     pub predictions: Vec<Tensor>,
     /// Gradients of the mean of `losses`.
     pub grads: AdapterGrads,
+    /// Wall time of the forward pass up to the losses, waiting for blocks included, in seconds.
+    pub forward_seconds: f64,
 }

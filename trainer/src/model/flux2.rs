@@ -142,6 +142,7 @@ impl Flux2 {
         self.check_adapters(adapters)?;
         let mut flights = self.take_off(batches)?;
         source.request(&self.visits(adapters))?;
+        let started = std::time::Instant::now();
         let first = self.first_adapted(adapters);
         // Inputs of the blocks from `first` on, one a micro-batch.
         let mut kept: Vec<(BlockId, Vec<Hidden>)> = Vec::new();
@@ -155,7 +156,7 @@ impl Flux2 {
             self.block_forward(&weights, adapters, &mut flights, &mut |_, _| Ok(()))?;
             last = Some(weights);
         }
-        let mut output = StepOutput { losses: Vec::new(), predictions: Vec::new(), grads: AdapterGrads::zeros(adapters)? };
+        let mut output = StepOutput { losses: Vec::new(), predictions: Vec::new(), grads: AdapterGrads::zeros(adapters)?, forward_seconds: 0.0 };
         let mut gradients = Vec::with_capacity(flights.len());
         for (flight, batch) in flights.iter().zip(batches) {
             let prediction = self.head(flight)?;
@@ -166,6 +167,7 @@ impl Flux2 {
             output.losses.push(loss);
             output.predictions.push(prediction);
         }
+        output.forward_seconds = started.elapsed().as_secs_f64();
         let conditioning: Vec<Conditioning> = flights.into_iter().map(|f| f.conditioning).collect();
         while let Some((block, inputs)) = kept.pop() {
             let weights = match last.take() {
