@@ -7,3 +7,4 @@ pub mod bench;
 pub mod fill;
 pub mod reader;
 pub mod service;
+pub mod slab_tool;

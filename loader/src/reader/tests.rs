@@ -4,7 +4,7 @@ use super::*;
 use proptest::prelude::*;
 
 fn slab_file(bytes: &[u8], page_bytes: u64, hashes: bool) -> (tempfile::NamedTempFile, Arc<SlabFile>) {
-    let temp = tempfile::NamedTempFile::new_in(env!("CARGO_TARGET_TMPDIR")).unwrap();
+    let temp = tempfile::NamedTempFile::new().unwrap();
     std::fs::write(temp.path(), bytes).unwrap();
     let file = File::options().read(true).custom_flags(nix::libc::O_DIRECT).open(temp.path()).or_else(|_| File::open(temp.path())).unwrap();
     let hash = |page: &[u8]| AtomicU64::new(if hashes { xxhash_rust::xxh3::xxh3_64(page) } else { 0 });

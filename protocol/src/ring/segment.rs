@@ -15,7 +15,7 @@ use std::os::unix::fs::MetadataExt;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU32, AtomicU64, Ordering};
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use nix::fcntl::{FcntlArg, fcntl, posix_fallocate};
 use nix::libc;
@@ -31,6 +31,8 @@ const SHM_FOLDER: &str = "/dev/shm";
 /// Longest sleep on a futex: after it, the peer is looked at again.
 pub const WAIT_MAX: Duration = Duration::from_millis(100);
 const PAGE: usize = 4096;
+/// How long a loader tries to replace a ring that somebody looks at.
+const REPLACE_PATIENCE: Duration = Duration::from_secs(2);
 
 /// What a segment is for; two segments of equal specification are interchangeable.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -155,7 +157,8 @@ impl Segment {
     /// [`Error::Absent`] if another loader has the role or a consumer uses a ring of another shape; [`Error::TryAgain`] if /dev/shm is full.
     pub fn open_or_create(spec: &RingSpec) -> Result<Self> {
         spec.check()?;
-        for _ in 0..8 {
+        let deadline = Instant::now() + REPLACE_PATIENCE;
+        loop {
             let path = spec.path();
             match File::options().read(true).write(true).open(&path) {
                 Ok(file) => {
@@ -169,7 +172,11 @@ impl Segment {
                     match finished {
                         // try_clone shares the open file description, and with it the locks.
                         Ok(segment) => return Ok(segment),
-                        Err(reason) => Self::remove_unused(&path, &file, &reason)?,
+                        Err(reason) => match Self::remove_unused(&path, &file, &reason) {
+                            // A trainer that looks in on a ring that is not for it lets go again at once.
+                            Err(e) if Instant::now() > deadline => return Err(e),
+                            _ => std::thread::sleep(Duration::from_millis(20)),
+                        },
                     }
                 }
                 Err(e) if e.kind() == std::io::ErrorKind::NotFound => {
@@ -180,7 +187,6 @@ impl Segment {
                 Err(e) => return Err(Error::io("cannot open the ring", &path, e)),
             }
         }
-        Err(Error::try_again("the ring keeps changing while it is opened").at(spec.path()))
     }
 
     /// Makes a new segment; `None` if someone else was faster.

@@ -1,0 +1,432 @@
+//! Checkpoint to slab, front to back, with a few batches of rows in memory.
+//!
+//! Three stages overlap: a thread reads batches of rows, the rayon pool quantises them, a thread hashes and writes. The file is written
+//! in file order, so a journal needs only a position: at block borders the bytes so far are synced and the journal
+//! (`PREFIX.build.partial`) says how far they go; a build that was killed goes on there and ends with the same bytes. The order at
+//! the end is slab, companion, manifest: a manifest on the disk means that everything it names is whole.
+
+use std::fs::File;
+use std::path::{Path, PathBuf};
+use std::sync::mpsc::{Receiver, SyncSender, sync_channel};
+use std::time::Instant;
+
+use rayon::prelude::*;
+use safetensors::Dtype;
+use serde::{Deserialize, Serialize};
+use serenity_protocol::geometry::TransformerGeometry;
+use serenity_protocol::model_path::{TransformerSource, append_f32, resolve_path};
+use serenity_protocol::process::Process;
+use serenity_protocol::slab::manifest::{self, ADDITIONS_VERSION, Additions, Companion, Hash, Manifest};
+use serenity_protocol::slab::quant;
+use serenity_protocol::{Error, Result, atomic_file};
+use xxhash_rust::xxh3::Xxh3;
+
+use super::companion::{self, CompanionPlan};
+use super::plan::{Content, SlabPlan};
+use super::progress::{Progress, joined};
+use super::source::{Batch, SourceReader, element_bytes};
+use super::writer::{FileHashes, FileWriter, check_free_space, publish};
+
+/// Page size of the manifest's hashes for files that have at least [`PAGES_MIN`] such pages.
+pub const PAGE_BYTES: u64 = 1 << 20;
+/// Smaller files get smaller pages, so that a flipped byte is still pinned down.
+const PAGES_MIN: u64 = 16;
+/// Bytes between two entries in the journal, unless `SERENITY_SLAB_JOURNAL_BYTES` says otherwise.
+const JOURNAL_BYTES: u64 = 64 << 20;
+/// Batches between two stages.
+const QUEUE: usize = 2;
+
+/// What to build.
+#[derive(Debug, Clone)]
+pub struct BuildOptions {
+    /// Folder, single file or hub id.
+    pub model: String,
+    /// Path and name of the files without `.safetensors` and `.manifest.json`.
+    pub output: PathBuf,
+    /// Leave the linears outside the blocks out of the slab (they are in the companion anyway).
+    pub blocks_only: bool,
+    /// Columns are padded to a multiple of this.
+    pub pack_k: usize,
+    /// Label in the manifest; by geometry if not given.
+    pub architecture_id: Option<String>,
+    /// Page size of the hashes; by the file's size if not given.
+    pub page_bytes: Option<u64>,
+}
+
+/// The files of a slab.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct SlabFiles {
+    /// `PREFIX.safetensors`
+    pub slab: PathBuf,
+    /// `PREFIX.manifest.json`
+    pub manifest: PathBuf,
+    /// `PREFIX.other.safetensors`
+    pub companion: PathBuf,
+    /// `PREFIX.safetensors.partial`
+    partial: PathBuf,
+    /// `PREFIX.build.partial`
+    journal: PathBuf,
+}
+
+impl SlabFiles {
+    /// The files of `prefix`.
+    ///
+    /// # Errors
+    /// [`Error::Config`] if the prefix ends in no name.
+    pub fn of(prefix: &Path) -> Result<Self> {
+        if prefix.file_name().is_none_or(|n| n.to_str().is_none()) || prefix.as_os_str().as_encoded_bytes().ends_with(b"/") {
+            return Err(Error::config("--output must be a path that ends in a name (UTF-8), without .safetensors").at(prefix));
+        }
+        let with = |ending: &str| {
+            let mut path = prefix.as_os_str().to_owned();
+            path.push(ending);
+            PathBuf::from(path)
+        };
+        Ok(Self {
+            slab: with(".safetensors"),
+            manifest: with(".manifest.json"),
+            companion: with(".other.safetensors"),
+            partial: with(".safetensors.partial"),
+            journal: with(".build.partial"),
+        })
+    }
+
+    fn folder(&self) -> &Path {
+        self.slab.parent().filter(|p| !p.as_os_str().is_empty()).unwrap_or(Path::new("."))
+    }
+}
+
+/// What was built.
+#[derive(Debug, Clone)]
+pub struct BuildReport {
+    /// The files.
+    pub files: SlabFiles,
+    /// Linears in the slab.
+    pub layers: usize,
+    /// Bytes of slab and companion.
+    pub bytes: u64,
+    /// Bytes of an earlier attempt that were kept.
+    pub resumed_bytes: u64,
+    /// Wall time.
+    pub seconds: f64,
+}
+
+/// The default label of an architecture.
+#[must_use]
+pub fn architecture_id(geometry: &TransformerGeometry) -> &'static str {
+    match (geometry.inner_dim(), geometry.num_layers, geometry.num_single_layers) {
+        (6144, 8, 48) => "flux2_dev",
+        (4096, 8, 24) => "flux2_klein_9b",
+        (3072, 5, 20) => "flux2_klein_4b",
+        (d, ..) if d <= 1024 => "flux2_tiny",
+        _ => "flux2",
+    }
+}
+
+/// The page size for a slab of `file_bytes`.
+#[must_use]
+pub fn page_bytes_for(file_bytes: u64) -> u64 {
+    let mut page = PAGE_BYTES;
+    while page > 4096 && file_bytes / page < PAGES_MIN {
+        page /= 2;
+    }
+    page
+}
+
+/// Builds slab, companion and manifest.
+///
+/// # Errors
+/// [`Error::Absent`] without a model or while another build writes the same files, [`Error::Data`] for a checkpoint that is incomplete or holds
+/// values that are no numbers, [`Error::TryAgain`] for a full disk or an interruption (the next run goes on).
+pub fn build(options: &BuildOptions, process: &Process) -> Result<BuildReport> {
+    let started = Instant::now();
+    let source = TransformerSource::open(&resolve_path(&options.model)?)?;
+    let plan = SlabPlan::new(source.geometry(), options.pack_k, options.blocks_only)?;
+    let others = CompanionPlan::new(source.geometry())?;
+    check_types(&source, source.geometry())?;
+    let page_bytes = options.page_bytes.unwrap_or_else(|| page_bytes_for(plan.file.file_bytes));
+    if !page_bytes.is_power_of_two() || !(4096..=1 << 30).contains(&page_bytes) {
+        return Err(Error::config("the page size must be a power of two from 4096 to 2^30").found(page_bytes));
+    }
+    let files = SlabFiles::of(&options.output)?;
+    std::fs::create_dir_all(files.folder()).map_err(|e| Error::io("cannot create the output folder", files.folder(), e))?;
+    let _lock = lock(&files)?;
+    let kept = std::fs::metadata(&files.partial).map_or(0, |m| m.len());
+    let total = plan.file.file_bytes + others.file.file_bytes;
+    check_free_space(files.folder(), total.saturating_sub(kept))?;
+
+    let mut progress = Progress::new(process, "slab", total);
+    let identity = identity(&plan, page_bytes, &source)?;
+    let resumed = resume_point(&files, &plan, identity);
+    let resumed_bytes = resumed.as_ref().map_or(0, |j| plan.file.tensors.get(j.at_tensor).map_or(plan.file.file_bytes, |t| t.offset));
+    if resumed_bytes > 0 {
+        tracing::info!("going on with an earlier build at byte {resumed_bytes} of {}", plan.file.file_bytes);
+    }
+    progress.add(resumed_bytes)?;
+    let hashes = write_slab(&Job { plan: &plan, source: &source, files: &files, page_bytes, identity }, resumed, &mut progress)?;
+    let companion = companion::write(&others, &source, &files.companion, &mut progress)?;
+    let manifest = assemble(options, &source, &plan, page_bytes, hashes, companion);
+    // From here on an older slab of this name is being replaced: without its manifest nobody takes a mixture for a slab.
+    match std::fs::remove_file(&files.manifest) {
+        Err(e) if e.kind() != std::io::ErrorKind::NotFound => return Err(Error::io("cannot replace the old manifest", &files.manifest, e)),
+        _ => {}
+    }
+    publish(&files.partial, &files.slab)?;
+    publish(&atomic_file::temp_path(&files.companion), &files.companion)?;
+    atomic_file::write(&files.manifest, manifest.to_json()?.as_bytes())?;
+    // Both are done with; a leftover would only be overwritten by the next build.
+    let _ = std::fs::remove_file(&files.journal);
+    Ok(BuildReport { layers: plan.linears.len(), bytes: total, resumed_bytes, seconds: started.elapsed().as_secs_f64(), files })
+}
+
+/// Refuses what the quantiser cannot read before anything is written.
+fn check_types(source: &TransformerSource, geometry: &TransformerGeometry) -> Result<()> {
+    for (name, shape) in geometry.all_tensors() {
+        let place = source.place(&name, &shape)?;
+        element_bytes(place.dtype).map_err(|e| e.at(&place.file).found(format!("'{name}' is {:?}", place.dtype)))?;
+    }
+    Ok(())
+}
+
+/// Keeps a second build of the same files away until dropped. The file stays: removing it could free a lock that another just took.
+fn lock(files: &SlabFiles) -> Result<File> {
+    let mut path = files.journal.clone().into_os_string();
+    path.push(".lock");
+    let path = PathBuf::from(path);
+    let file = File::options()
+        .create(true)
+        .truncate(false)
+        .write(true)
+        .open(&path)
+        .map_err(|e| Error::io("cannot create the build's lock file", &path, e))?;
+    rustix::fs::flock(&file, rustix::fs::FlockOperation::NonBlockingLockExclusive).map_err(|e| {
+        Error::absent("another process is building this slab").at(&files.slab).advice("wait for it, or choose another --output").cause(e)
+    })?;
+    Ok(file)
+}
+
+/// How far a build has come: everything before `at_tensor` is on the disk.
+#[derive(Debug, Clone, Serialize, Deserialize)]
+struct Journal {
+    identity: Hash,
+    at_tensor: usize,
+    pages: Vec<Hash>,
+    tensors: Vec<Hash>,
+}
+
+/// Names this build: same plan, same page size, same source files unchanged since.
+fn identity(plan: &SlabPlan, page_bytes: u64, source: &TransformerSource) -> Result<Hash> {
+    use std::os::unix::fs::MetadataExt;
+    let mut hash = Xxh3::new();
+    hash.update(&plan.file.header);
+    hash.update(&page_bytes.to_le_bytes());
+    for file in source.files() {
+        let meta = std::fs::metadata(&file).map_err(|e| Error::io("cannot look at the checkpoint", &file, e))?;
+        hash.update(file.as_os_str().as_encoded_bytes());
+        for word in [meta.len(), meta.ino(), meta.mtime() as u64, meta.mtime_nsec() as u64] {
+            hash.update(&word.to_le_bytes());
+        }
+    }
+    Ok(Hash(hash.digest()))
+}
+
+/// The journal of an earlier attempt at this very build, if its file is there and long enough.
+fn resume_point(files: &SlabFiles, plan: &SlabPlan, identity: Hash) -> Option<Journal> {
+    let journal: Journal = serde_json::from_slice(&std::fs::read(&files.journal).ok()?).ok()?;
+    let position = plan.file.tensors.get(journal.at_tensor)?.offset;
+    let there = std::fs::metadata(&files.partial).ok()?.len();
+    let fits = journal.identity == identity && there >= position && plan.block_starts.contains(&journal.at_tensor);
+    fits.then_some(journal)
+}
+
+struct Job<'a> {
+    plan: &'a SlabPlan,
+    source: &'a TransformerSource,
+    files: &'a SlabFiles,
+    page_bytes: u64,
+    identity: Hash,
+}
+
+/// From the quantiser to the writer.
+enum Out {
+    Codes(Vec<i8>),
+    Bytes(Vec<u8>),
+    Zeros(u64),
+}
+
+fn write_slab(job: &Job, resumed: Option<Journal>, progress: &mut Progress) -> Result<FileHashes> {
+    let (plan, partial) = (&job.plan.file, &job.files.partial);
+    let first = resumed.as_ref().map_or(0, |j| j.at_tensor);
+    let writer = match resumed {
+        Some(j) => FileWriter::resume(plan, partial, job.page_bytes, j.at_tensor, j.pages, j.tensors)?,
+        None => FileWriter::create(plan, partial, job.page_bytes)?,
+    };
+    std::thread::scope(|scope| {
+        let (to_quantiser, batches) = sync_channel(QUEUE);
+        let (to_writer, written) = sync_channel(QUEUE);
+        let reader = scope.spawn(move || read_all(job, first, &to_quantiser));
+        let writer = scope.spawn(move || write_all(job, writer, &written));
+        let quantised = quantise_all(job, first, &batches, &to_writer, progress);
+        // Ending the channels ends the threads; a thread's own error explains a broken channel and comes first.
+        drop((batches, to_writer));
+        let (read, hashes) = (joined(reader.join()), joined(writer.join()));
+        let (hashes, written) = hashes.map_or_else(|e| (None, Err(e)), |h| (h, Ok(())));
+        let mut errors: Vec<Error> = [quantised, read, written].into_iter().filter_map(Result::err).collect();
+        // A stage that lost its neighbour reports an invariant; the neighbour's own error says why.
+        errors.sort_by_key(|e| matches!(e, Error::Invariant(_)));
+        match errors.into_iter().next() {
+            Some(error) => Err(error),
+            None => hashes.ok_or_else(|| Error::invariant("the slab's writer ended early")),
+        }
+    })
+}
+
+fn read_all(job: &Job, first: usize, out: &SyncSender<Batch>) -> Result<()> {
+    let mut reader = SourceReader::default();
+    for content in job.plan.contents.iter().skip(first) {
+        let Content::Codes(index) = content else { continue };
+        let Some((linear, _)) = job.plan.linears.get(*index) else { continue };
+        let place = job.source.place(&format!("{}.weight", linear.name), &[linear.out_features, linear.in_features])?;
+        let mut closed = false;
+        reader.batches(&place, linear.out_features, linear.in_features, |batch| {
+            closed = closed || out.send(batch).is_err();
+            if closed { Err(Error::invariant("the quantiser ended early")) } else { Ok(()) }
+        })?;
+    }
+    Ok(())
+}
+
+fn write_all(job: &Job, mut writer: FileWriter, work: &Receiver<Out>) -> Result<Option<FileHashes>> {
+    let interval = std::env::var("SERENITY_SLAB_JOURNAL_BYTES").ok().and_then(|v| v.parse().ok()).unwrap_or(JOURNAL_BYTES);
+    let mut noted = writer.position();
+    for out in work {
+        match out {
+            Out::Codes(codes) => writer.write(bytemuck::cast_slice(&codes))?,
+            Out::Bytes(bytes) => writer.write(&bytes)?,
+            Out::Zeros(count) => writer.write_zeros(count)?,
+        }
+        let at = writer.at_tensor();
+        let at_border = job.plan.file.tensors.get(at).is_some_and(|t| t.offset == writer.position()) && job.plan.block_starts.contains(&at);
+        if at_border && writer.position() - noted >= interval {
+            writer.sync()?;
+            let FileHashes { pages, tensors, .. } = writer.hashes().clone();
+            let journal = Journal { identity: job.identity, at_tensor: at, pages, tensors };
+            let text = serde_json::to_vec(&journal).map_err(|e| Error::invariant("a journal cannot be written as JSON").cause(e))?;
+            atomic_file::write(&job.files.journal, &text)?;
+            noted = writer.position();
+        }
+    }
+    // The quantiser hung up before the end: its error is the one to report.
+    if writer.position() != job.plan.file.file_bytes {
+        return Ok(None);
+    }
+    writer.finish().map(Some)
+}
+
+fn quantise_all(job: &Job, first: usize, batches: &Receiver<Batch>, out: &SyncSender<Out>, progress: &mut Progress) -> Result<()> {
+    // Scales of the linears whose codes are written and whose scales are not yet.
+    let mut scales: Vec<Vec<f32>> = vec![Vec::new(); job.plan.linears.len()];
+    for (tensor, content) in job.plan.file.tensors.iter().zip(&job.plan.contents).skip(first) {
+        let mut send = |item: Out, bytes: u64| {
+            out.send(item).map_err(|_| Error::invariant("the slab's writer ended early"))?;
+            progress.add(bytes)
+        };
+        match *content {
+            Content::Codes(index) => {
+                let mut all = Vec::new();
+                let mut rows = 0;
+                while rows < tensor.shape.first().copied().unwrap_or(0) {
+                    let batch = batches.recv().map_err(|_| Error::invariant("the checkpoint's reader ended early"))?;
+                    rows += batch.rows;
+                    let codes = quantise_batch(job, index, &batch, &mut all)?;
+                    let count = codes.len() as u64;
+                    send(Out::Codes(codes), count)?;
+                }
+                if let Some(slot) = scales.get_mut(index) {
+                    *slot = all;
+                }
+            }
+            Content::Scales(index) => {
+                let values = scales.get_mut(index).map(std::mem::take).unwrap_or_default();
+                send(Out::Bytes(values.iter().flat_map(|v| v.to_le_bytes()).collect()), tensor.bytes)?;
+            }
+            Content::ZeroPoints(_) | Content::Pad => send(Out::Zeros(tensor.bytes), tensor.bytes)?,
+        }
+    }
+    Ok(())
+}
+
+/// The codes of a batch of rows of linear `index`; its scales are appended to `scales`.
+fn quantise_batch(job: &Job, index: usize, batch: &Batch, scales: &mut Vec<f32>) -> Result<Vec<i8>> {
+    let _span = tracing::trace_span!("quantise").entered();
+    let (linear, layer) = job.plan.linears.get(index).ok_or_else(|| Error::invariant("a linear outside the plan"))?;
+    let name = format!("{}.weight", linear.name);
+    let place = job.source.place(&name, &[linear.out_features, linear.in_features])?;
+    let (row_bytes, padded) = (linear.in_features * element_bytes(place.dtype)?, layer.packed_shape[1]);
+    let mut codes = vec![0i8; batch.rows * padded];
+    let first = scales.len();
+    scales.resize(first + batch.rows, 0.0);
+    let rows = codes.par_chunks_exact_mut(padded).zip(scales.get_mut(first..).unwrap_or_default()).zip(batch.bytes.par_chunks_exact(row_bytes));
+    let bad = rows.enumerate().with_min_len(16).map_init(Vec::new, |row: &mut Vec<f32>, (i, ((codes, scale), bytes))| {
+        row.clear();
+        // Only the three types of element_bytes come here, and those cannot fail.
+        let converted = append_f32(bytes, place.dtype, row).is_ok();
+        if !converted || !quant::all_finite(row) {
+            return Some((i, row.iter().position(|v| !v.is_finite()).unwrap_or(0)));
+        }
+        *scale = quant::quantize_row(row, codes);
+        None
+    });
+    if let Some((i, column)) = bad.flatten().min() {
+        return Err(not_finite(&name, batch.row + i, column, &place.file));
+    }
+    Ok(codes)
+}
+
+/// A NaN or an infinity in the checkpoint.
+pub(super) fn not_finite(name: &str, row: usize, column: usize, file: &Path) -> Error {
+    Error::data(format!("tensor '{name}' holds a value that is no number at row {row}, column {column}"))
+        .at(file)
+        .expected("finite values")
+        .found("NaN or infinity")
+        .advice("the checkpoint is corrupt: download or convert it again")
+}
+
+fn assemble(
+    options: &BuildOptions,
+    source: &TransformerSource,
+    plan: &SlabPlan,
+    page_bytes: u64,
+    hashes: FileHashes,
+    companion: Companion,
+) -> Manifest {
+    let geometry = source.geometry();
+    let mut layers: Vec<_> = plan.linears.iter().map(|(_, layer)| layer.clone()).collect();
+    layers.sort_by(|a, b| a.canonical_name.cmp(&b.canonical_name));
+    let total = layers.iter().map(|l| l.packed_shape[0] as u64 * l.packed_shape[1] as u64).sum();
+    let tensors = plan.file.tensors.iter().zip(hashes.tensors).map(|(t, hash)| (t.name.clone(), hash)).collect();
+    let geometry_out = TransformerGeometry { out_channels: geometry.out_channels.filter(|&n| n != geometry.in_channels), ..geometry.clone() };
+    Manifest {
+        model_signature: manifest::model_signature(&geometry.all_linears()),
+        architecture_id: options.architecture_id.clone().unwrap_or_else(|| architecture_id(geometry).to_owned()),
+        quant_version: manifest::QUANT_VERSION.into(),
+        kernel_abi_version: manifest::KERNEL_ABI_VERSION,
+        min_runtime_version: "0.1.0".into(),
+        layer_count: Some(layers.len() as u64),
+        total_qweight_bytes: Some(total),
+        layers,
+        serenity: Some(Additions {
+            format: ADDITIONS_VERSION,
+            geometry: geometry_out,
+            file_bytes: plan.file.file_bytes,
+            header_xxh3: Hash(xxhash_rust::xxh3::xxh3_64(&plan.file.header)),
+            page_bytes,
+            page_xxh3: hashes.pages,
+            tensor_xxh3: tensors,
+            companion: Some(companion),
+        }),
+    }
+}
+
+/// Types that the companion stores.
+pub(super) const COMPANION_DTYPE: Dtype = Dtype::BF16;

@@ -1,0 +1,90 @@
+//! The companion of a slab: the linears outside the blocks and every norm weight, bfloat16, so that training needs the slab alone.
+//!
+//! These are the tensors that stay on the device. They are a small file (1.6 GB for dev) of plain safetensors under their diffusers
+//! names, checked by its own hashes in the manifest.
+
+use std::path::Path;
+
+use rayon::prelude::*;
+use serenity_protocol::geometry::TransformerGeometry;
+use serenity_protocol::model_path::{TransformerSource, append_f32};
+use serenity_protocol::slab::manifest::Companion;
+use serenity_protocol::slab::quant;
+use serenity_protocol::{Error, Result, atomic_file};
+
+use super::build::{COMPANION_DTYPE, not_finite};
+use super::plan::{FilePlan, PlanBuilder};
+use super::progress::Progress;
+use super::source::{SourceReader, element_bytes};
+use super::writer::FileWriter;
+
+/// Values converted by one task.
+const CONVERT_VALUES: usize = 1 << 16;
+
+/// The companion file of a model.
+pub struct CompanionPlan {
+    /// The file.
+    pub file: FilePlan,
+}
+
+impl CompanionPlan {
+    /// Every tensor that is no block linear, in the order of the geometry.
+    ///
+    /// # Errors
+    /// [`Error::Data`] for an impossible size.
+    pub fn new(geometry: &TransformerGeometry) -> Result<Self> {
+        let mut file = PlanBuilder::default();
+        for linear in geometry.other_linears() {
+            file.push(format!("{}.weight", linear.name), COMPANION_DTYPE, vec![linear.out_features, linear.in_features])?;
+        }
+        for block in geometry.blocks() {
+            let prefix = geometry.block_prefix(block);
+            for norm in geometry.block_norms(block) {
+                file.push(format!("{prefix}.{norm}.weight"), COMPANION_DTYPE, vec![geometry.attention_head_dim])?;
+            }
+        }
+        Ok(Self { file: file.finish(64, &[("format", "pt")])? })
+    }
+}
+
+/// Writes the companion under its temporary name ([`atomic_file::temp_path`]); the caller renames it.
+///
+/// # Errors
+/// As the build's.
+pub fn write(plan: &CompanionPlan, source: &TransformerSource, path: &Path, progress: &mut Progress) -> Result<Companion> {
+    let temp = atomic_file::temp_path(path);
+    let mut writer = FileWriter::create(&plan.file, &temp, super::build::PAGE_BYTES)?;
+    let mut reader = SourceReader::default();
+    for tensor in &plan.file.tensors {
+        let place = source.place(&tensor.name, &tensor.shape)?;
+        let (rows, columns) = match *tensor.shape.as_slice() {
+            [rows, columns] => (rows, columns),
+            _ => (1, tensor.shape.iter().product()),
+        };
+        let width = element_bytes(place.dtype)?;
+        reader.batches(&place, rows, columns, |batch| {
+            let tasks = batch.bytes.par_chunks(CONVERT_VALUES * width).enumerate().map(|(task, bytes)| {
+                let mut values = Vec::with_capacity(bytes.len() / width);
+                append_f32(bytes, place.dtype, &mut values)?;
+                if !quant::all_finite(&values) {
+                    let at = values.iter().position(|v| !v.is_finite()).unwrap_or(0) + task * CONVERT_VALUES;
+                    return Err(not_finite(&tensor.name, batch.row + at / columns.max(1), at % columns.max(1), &place.file));
+                }
+                Ok(values.iter().flat_map(|v| half::bf16::from_f32(*v).to_le_bytes()).collect::<Vec<u8>>())
+            });
+            for bytes in tasks.collect::<Vec<Result<Vec<u8>>>>() {
+                writer.write(&bytes?)?;
+            }
+            progress.add((batch.bytes.len() / width * 2) as u64)
+        })?;
+    }
+    let hashes = writer.finish()?;
+    let name = path.file_name().and_then(|n| n.to_str()).ok_or_else(|| Error::config("--output is no UTF-8 name").at(path))?;
+    let tensors = plan.file.tensors.iter().zip(hashes.tensors).map(|(t, hash)| (t.name.clone(), hash)).collect();
+    Ok(Companion {
+        file: name.to_owned(),
+        bytes: plan.file.file_bytes,
+        xxh3: hashes.whole.ok_or_else(|| Error::invariant("the companion was not hashed"))?,
+        tensor_xxh3: tensors,
+    })
+}

@@ -1,0 +1,11 @@
+//! `serenity-slab`: builds slabs, proves them intact, describes them, and makes models of random weights.
+//!
+//! The path of a weight: [`source`] (rows of the checkpoint) → [`build`] (quantised) → [`writer`] (hashed, on the disk), at the place
+//! that [`plan`] gave it.
+
+pub mod build;
+pub mod companion;
+pub mod plan;
+mod progress;
+pub mod source;
+pub mod writer;
