@@ -1,1 +1,202 @@
-fn main() {}
+//! `serenity-slab`: builds, checks and describes INT8 slabs, and makes models of random weights.
+#![forbid(unsafe_code)]
+
+use std::path::{Path, PathBuf};
+use std::process::ExitCode;
+
+use clap::{Args, Parser, Subcommand};
+use serenity_loader::slab_tool::build::{self, BuildOptions};
+use serenity_loader::slab_tool::{info, verify};
+use serenity_protocol::message::{FromChild, Role};
+use serenity_protocol::process::{self, Process};
+use serenity_protocol::slab::Slab;
+use serenity_protocol::{Error, Result};
+
+/// Builds, checks and describes INT8 slabs, and makes models of random weights
+#[derive(Parser)]
+#[command(version)]
+struct Cli {
+    #[command(subcommand)]
+    command: Command,
+    /// Write a Chrome/Perfetto trace of this process
+    #[arg(long, global = true, value_name = "FILE")]
+    trace: Option<PathBuf>,
+}
+
+#[derive(Subcommand)]
+enum Command {
+    /// Quantise a transformer into PREFIX.safetensors, PREFIX.manifest.json and PREFIX.other.safetensors
+    Build(BuildArgs),
+    /// Read every byte of a slab and compare it with its checksums
+    Verify(VerifyArgs),
+    /// Describe a slab
+    Info(InfoArgs),
+}
+
+#[derive(Args)]
+struct BuildArgs {
+    /// Model: a folder in the Hugging Face layout, a .safetensors file (BFL or diffusers names) or a hub id
+    #[arg(long, value_name = "PATH")]
+    model: String,
+    /// Path and name of the slab's files, without an ending
+    #[arg(long, value_name = "PREFIX")]
+    output: PathBuf,
+    /// Type of the quantised weights
+    #[arg(long, default_value = "int8", value_parser = ["int8"])]
+    dtype: String,
+    /// Only the linears of the blocks (those of the companion file are not quantised as well)
+    #[arg(long)]
+    blocks_only: bool,
+    /// Pad the columns to a multiple of this
+    #[arg(long, default_value_t = 64, value_name = "N")]
+    pack_k: usize,
+    /// Label in the manifest (default: by the model's shape)
+    #[arg(long, value_name = "LABEL")]
+    architecture_id: Option<String>,
+    /// Page size of the checksums in bytes (default: 1 MiB, less for small slabs)
+    #[arg(long, value_name = "BYTES")]
+    page_bytes: Option<u64>,
+    /// Bytes between two points at which an interrupted build can go on
+    #[arg(long, default_value_t = build::JOURNAL_BYTES, value_name = "BYTES", hide = true)]
+    journal_bytes: u64,
+    /// Print the result as JSON
+    #[arg(long)]
+    json: bool,
+}
+
+/// Which slab.
+#[derive(Args)]
+struct SlabArgs {
+    /// The slab: PREFIX or PREFIX.safetensors
+    #[arg(value_name = "SLAB", required_unless_present = "slab")]
+    path: Option<PathBuf>,
+    /// The slab, as an option
+    #[arg(long, value_name = "SLAB", conflicts_with = "path")]
+    slab: Option<PathBuf>,
+    /// Its manifest (default: PREFIX.manifest.json)
+    #[arg(long, value_name = "FILE")]
+    manifest: Option<PathBuf>,
+}
+
+#[derive(Args)]
+struct VerifyArgs {
+    #[command(flatten)]
+    slab: SlabArgs,
+    /// Print the result as JSON
+    #[arg(long)]
+    json: bool,
+}
+
+#[derive(Args)]
+struct InfoArgs {
+    #[command(flatten)]
+    slab: SlabArgs,
+    /// The original model: adds the quantisation error of every layer
+    #[arg(long, value_name = "PATH")]
+    model: Option<String>,
+    /// Print everything as JSON
+    #[arg(long)]
+    json: bool,
+}
+
+fn main() -> ExitCode {
+    let cli = match Cli::try_parse() {
+        Ok(cli) => cli,
+        Err(e) => return usage(&e),
+    };
+    let trace = cli.trace.clone();
+    process::main(Role::Slab, trace.as_deref(), |process| match cli.command {
+        Command::Build(args) => run_build(args, process),
+        Command::Verify(args) => run_verify(args, process),
+        Command::Info(args) => run_info(args, process),
+    })
+}
+
+/// clap's own exit code for a wrong command line is 2; ours is 64.
+fn usage(error: &clap::Error) -> ExitCode {
+    // Nothing can be done about a closed terminal.
+    let _ = error.print();
+    if error.use_stderr() { ExitCode::from(64) } else { ExitCode::SUCCESS }
+}
+
+fn run_build(args: BuildArgs, process: &Process) -> Result<()> {
+    let options = BuildOptions {
+        blocks_only: args.blocks_only,
+        pack_k: args.pack_k,
+        architecture_id: args.architecture_id,
+        page_bytes: args.page_bytes,
+        journal_bytes: args.journal_bytes,
+        ..BuildOptions::new(args.model, args.output)
+    };
+    process.send(&FromChild::Ready);
+    let report = build::build(&options, process)?;
+    let files = [&report.files.slab, &report.files.manifest, &report.files.companion].map(|p| p.display().to_string());
+    if args.json {
+        print_json(&serde_json::json!({
+            "slab": files[0], "manifest": files[1], "companion": files[2], "layers": report.layers, "bytes": report.bytes,
+            "resumed_bytes": report.resumed_bytes, "seconds": report.seconds,
+        }))?;
+    } else {
+        println!("{} layers, {} bytes in {:.1} s:", report.layers, report.bytes, report.seconds);
+        files.iter().for_each(|f| println!("  {f}"));
+    }
+    process.send(&FromChild::Done { files: files.to_vec() });
+    Ok(())
+}
+
+fn run_verify(args: VerifyArgs, process: &Process) -> Result<()> {
+    let slab = open(&args.slab)?;
+    let report = verify::verify(&slab, process)?;
+    if args.json {
+        print_json(&report)?;
+    }
+    let report = report.into_result()?;
+    if !args.json {
+        println!("{}: intact, {} bytes, {} pages and {} tensors compared", slab.path().display(), report.bytes, report.pages, report.tensors);
+        if !report.has_checksums {
+            println!("  it carries no checksums (the original builder's): structure, scales and the range of the codes are all that was checked");
+        }
+    }
+    Ok(())
+}
+
+fn run_info(args: InfoArgs, process: &Process) -> Result<()> {
+    let slab = open(&args.slab)?;
+    let info = info::info(&slab, args.model.as_deref(), process)?;
+    if args.json {
+        return print_json(&info);
+    }
+    let or_none = |text: Option<String>| text.unwrap_or_else(|| "none".into());
+    println!("slab             {}", info.slab);
+    println!("architecture     {}", info.architecture_id);
+    println!("model signature  {}", info.model_signature);
+    println!("slab signature   {}", info.signature);
+    println!("layers           {} ({} bytes of codes, {} bytes in all)", info.layer_count, info.qweight_bytes, info.file_bytes);
+    println!("checksum pages   {}", or_none(info.page_bytes.map(|b| format!("{b} bytes"))));
+    println!("blocks           {}", or_none(info.blocks.map(|n| n.to_string())));
+    println!("blocks in a run  {}", or_none(info.blocks_contiguous.map(|yes| if yes { "yes" } else { "no" }.into())));
+    println!("companion        {}", or_none(info.companion.clone()));
+    for layer in &info.layers {
+        let error = layer.error.map(|e| format!("  relative L2 {:.6}, cosine {:.8}", e.relative_l2, e.cosine)).unwrap_or_default();
+        println!("  {:<60} [{}, {}] at {}{error}", layer.name, layer.shape[0], layer.shape[1], layer.offset);
+    }
+    Ok(())
+}
+
+fn print_json(value: &impl serde::Serialize) -> Result<()> {
+    let text = serde_json::to_string_pretty(value).map_err(|e| Error::invariant("a report cannot be written as JSON").cause(e))?;
+    println!("{text}");
+    Ok(())
+}
+
+fn open(args: &SlabArgs) -> Result<Slab> {
+    let given = args.path.as_ref().or(args.slab.as_ref()).ok_or_else(|| Error::config("no slab was given"))?;
+    let prefix = given.to_str().and_then(|s| s.strip_suffix(".safetensors")).map_or_else(|| given.clone(), PathBuf::from);
+    let with = |ending: &str| {
+        let mut path = prefix.clone().into_os_string();
+        path.push(ending);
+        PathBuf::from(path)
+    };
+    let manifest = args.manifest.clone().unwrap_or_else(|| with(".manifest.json"));
+    Slab::open(Path::new(&with(".safetensors")), &manifest)
+}

@@ -31,8 +31,8 @@ use super::writer::{FileHashes, FileWriter, check_free_space, publish};
 pub const PAGE_BYTES: u64 = 1 << 20;
 /// Smaller files get smaller pages, so that a flipped byte is still pinned down.
 const PAGES_MIN: u64 = 16;
-/// Bytes between two entries in the journal, unless `SERENITY_SLAB_JOURNAL_BYTES` says otherwise.
-const JOURNAL_BYTES: u64 = 64 << 20;
+/// Bytes between two entries in the journal.
+pub const JOURNAL_BYTES: u64 = 64 << 20;
 /// Batches between two stages.
 const QUEUE: usize = 2;
 
@@ -51,6 +51,24 @@ pub struct BuildOptions {
     pub architecture_id: Option<String>,
     /// Page size of the hashes; by the file's size if not given.
     pub page_bytes: Option<u64>,
+    /// Bytes between two points at which a killed build can be taken up, [`JOURNAL_BYTES`] by default; such points are block borders.
+    pub journal_bytes: u64,
+}
+
+impl BuildOptions {
+    /// The defaults for a model and an output prefix.
+    #[must_use]
+    pub fn new(model: impl Into<String>, output: impl Into<PathBuf>) -> Self {
+        Self {
+            model: model.into(),
+            output: output.into(),
+            blocks_only: false,
+            pack_k: 64,
+            architecture_id: None,
+            page_bytes: None,
+            journal_bytes: JOURNAL_BYTES,
+        }
+    }
 }
 
 /// The files of a slab.
@@ -163,7 +181,7 @@ pub fn build(options: &BuildOptions, process: &Process) -> Result<BuildReport> {
         tracing::info!("going on with an earlier build at byte {resumed_bytes} of {}", plan.file.file_bytes);
     }
     progress.add(resumed_bytes)?;
-    let hashes = write_slab(&Job { plan: &plan, source: &source, files: &files, page_bytes, identity }, resumed, &mut progress)?;
+    let hashes = write_slab(&Job { plan: &plan, source: &source, files: &files, page_bytes, identity, journal_bytes: options.journal_bytes }, resumed, &mut progress)?;
     let companion = companion::write(&others, &source, &files.companion, &mut progress)?;
     let manifest = assemble(options, &source, &plan, page_bytes, hashes, companion);
     // From here on an older slab of this name is being replaced: without its manifest nobody takes a mixture for a slab.
@@ -188,21 +206,37 @@ fn check_types(source: &TransformerSource, geometry: &TransformerGeometry) -> Re
     Ok(())
 }
 
-/// Keeps a second build of the same files away until dropped. The file stays: removing it could free a lock that another just took.
-fn lock(files: &SlabFiles) -> Result<File> {
+/// The right to write one slab's files. Dropping it removes the lock file and frees the lock.
+struct BuildLock {
+    path: PathBuf,
+    _file: File,
+}
+
+impl Drop for BuildLock {
+    fn drop(&mut self) {
+        // Still locked here, and lock() looks again at what it locked: nobody can end up with a lock on a removed file.
+        let _ = std::fs::remove_file(&self.path);
+    }
+}
+
+/// Keeps a second build of the same files away.
+fn lock(files: &SlabFiles) -> Result<BuildLock> {
+    use std::os::unix::fs::MetadataExt;
     let mut path = files.journal.clone().into_os_string();
     path.push(".lock");
     let path = PathBuf::from(path);
-    let file = File::options()
-        .create(true)
-        .truncate(false)
-        .write(true)
-        .open(&path)
-        .map_err(|e| Error::io("cannot create the build's lock file", &path, e))?;
-    rustix::fs::flock(&file, rustix::fs::FlockOperation::NonBlockingLockExclusive).map_err(|e| {
-        Error::absent("another process is building this slab").at(&files.slab).advice("wait for it, or choose another --output").cause(e)
-    })?;
-    Ok(file)
+    let io = |e| Error::io("cannot create the build's lock file", &path, e);
+    loop {
+        let file = File::options().create(true).truncate(false).write(true).open(&path).map_err(io)?;
+        rustix::fs::flock(&file, rustix::fs::FlockOperation::NonBlockingLockExclusive).map_err(|e| {
+            Error::absent("another process is building this slab").at(&files.slab).advice("wait for it, or choose another --output").cause(e)
+        })?;
+        // The file may have been removed by its last owner between open and lock.
+        let locked = file.metadata().map_err(io)?.ino();
+        if std::fs::metadata(&path).is_ok_and(|m| m.ino() == locked) {
+            return Ok(BuildLock { path, _file: file });
+        }
+    }
 }
 
 /// How far a build has come: everything before `at_tensor` is on the disk.
@@ -245,6 +279,7 @@ struct Job<'a> {
     files: &'a SlabFiles,
     page_bytes: u64,
     identity: Hash,
+    journal_bytes: u64,
 }
 
 /// From the quantiser to the writer.
@@ -297,7 +332,6 @@ fn read_all(job: &Job, first: usize, out: &SyncSender<Batch>) -> Result<()> {
 }
 
 fn write_all(job: &Job, mut writer: FileWriter, work: &Receiver<Out>) -> Result<Option<FileHashes>> {
-    let interval = std::env::var("SERENITY_SLAB_JOURNAL_BYTES").ok().and_then(|v| v.parse().ok()).unwrap_or(JOURNAL_BYTES);
     let mut noted = writer.position();
     for out in work {
         match out {
@@ -307,7 +341,7 @@ fn write_all(job: &Job, mut writer: FileWriter, work: &Receiver<Out>) -> Result<
         }
         let at = writer.at_tensor();
         let at_border = job.plan.file.tensors.get(at).is_some_and(|t| t.offset == writer.position()) && job.plan.block_starts.contains(&at);
-        if at_border && writer.position() - noted >= interval {
+        if at_border && writer.position() - noted >= job.journal_bytes {
             writer.sync()?;
             let FileHashes { pages, tensors, .. } = writer.hashes().clone();
             let journal = Journal { identity: job.identity, at_tensor: at, pages, tensors };

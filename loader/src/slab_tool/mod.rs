@@ -5,7 +5,9 @@
 
 pub mod build;
 pub mod companion;
+pub mod info;
 pub mod plan;
 mod progress;
 pub mod source;
+pub mod verify;
 pub mod writer;

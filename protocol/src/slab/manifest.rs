@@ -308,8 +308,8 @@ impl Additions {
         if self.format == 0 || self.format > ADDITIONS_VERSION {
             problems.push(format!("serenity.format is {}, this version reads 1 to {ADDITIONS_VERSION}", self.format));
         }
-        if !self.page_bytes.is_power_of_two() || self.page_bytes < 512 || self.page_bytes > 1 << 30 {
-            problems.push(format!("serenity.page_bytes is {}, expected a power of two from 512 to 2^30", self.page_bytes));
+        if !self.page_bytes.is_power_of_two() || self.page_bytes < 4096 || self.page_bytes > 1 << 30 {
+            problems.push(format!("serenity.page_bytes is {}, expected a power of two from 4096 to 2^30", self.page_bytes));
         } else if self.page_xxh3.len() as u64 != self.file_bytes.div_ceil(self.page_bytes) {
             problems.push(format!(
                 "serenity.page_xxh3 has {} entries for {} bytes in pages of {}",
