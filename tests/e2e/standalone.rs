@@ -1,0 +1,77 @@
+//! Each process by itself, from the same configuration.
+
+use std::time::Duration;
+
+use serde_json::{Value, json};
+
+use crate::lab::{Lab, shared};
+
+#[test]
+fn loader_and_trainer_started_by_hand_train_like_the_launcher() {
+    let lab = Lab::new();
+    let by_launcher = lab.quick_config("launched", 3, &json!({}));
+    lab.run("serenity-launch", &[&by_launcher]).expect(0);
+    let config = lab.quick_config("by-hand", 3, &json!({}));
+    let traces = [lab.path().join("loader.json"), lab.path().join("trainer.json")];
+    // The trainer first: it waits for the ring.
+    let trainer = lab.start("serenity-trainer", &["--config", &config, "--trace", traces[1].to_str().unwrap()]);
+    let loader = lab.start("serenity-loader", &["--config", &config, "--trace", traces[0].to_str().unwrap()]);
+    trainer.wait().expect(0);
+    loader.wait().expect(0);
+    assert!(lab.lora("by-hand") == lab.lora("launched"));
+    lab.assert_nothing_left(Duration::from_secs(2));
+    for (trace, span) in traces.iter().zip(["dequantise", "block forward"]) {
+        let text = std::fs::read_to_string(trace).unwrap();
+        let _: Value = serde_json::from_str(&text).unwrap_or_else(|e| panic!("{}: {e}", trace.display()));
+        assert!(text.contains(span), "{} has no span '{span}'", trace.display());
+    }
+}
+
+#[test]
+fn the_loader_benches_with_a_null_consumer() {
+    let lab = Lab::new();
+    let shared = shared();
+    for dequant in ["cpu", "gpu"] {
+        let (slab, manifest) = (shared.slab.to_str().unwrap(), shared.manifest.to_str().unwrap());
+        let args = ["bench", "--slab", slab, "--manifest", manifest, "--dequant", dequant, "--chunk-mb", "0.25", "--pool-mb", "2", "--json"];
+        let done = lab.run("serenity-loader", &args).expect(0);
+        let report: Value = serde_json::from_str(done.stdout.trim()).unwrap();
+        assert!(report["first_pass_read_rate"].as_f64().unwrap() > 0.0 && report["limit_read_rate"].as_f64().unwrap() > 0.0, "{report}");
+    }
+}
+
+#[test]
+fn the_trainer_benches_without_loader_and_cache() {
+    let lab = Lab::new();
+    let config = lab.quick_config("bench", 3, &json!({ "data": { "cache_dir": lab.path().join("nothing-here") } }));
+    let done = lab.run("serenity-trainer", &["bench", "--config", &config, "--synthetic", "--steps", "3", "--json"]).expect(0);
+    let report: Value = serde_json::from_str(done.stdout.trim()).unwrap();
+    assert!(report.is_object(), "{report}");
+    assert!(!lab.path().join("nothing-here").exists());
+}
+
+#[test]
+fn the_encoder_runs_and_benches_alone() {
+    let lab = Lab::new();
+    let cache = lab.path().join("cache");
+    let trace = lab.path().join("encoder.json");
+    let config = lab.quick_config("encode", 3, &json!({ "data": { "cache_dir": cache } }));
+    lab.run("serenity-encoder", &["--config", &config, "--trace", trace.to_str().unwrap()]).expect(0);
+    let text = std::fs::read_to_string(&trace).unwrap();
+    let _: Value = serde_json::from_str(&text).unwrap();
+    assert!(text.contains("encode layer"));
+    let done = lab.run("serenity-encoder", &["bench", "--config", &config, "--json"]).expect(0);
+    let report: Value = serde_json::from_str(done.stdout.trim()).unwrap();
+    assert!(report.is_object(), "{report}");
+}
+
+#[test]
+fn the_plan_is_printed_without_starting_anything() {
+    let lab = Lab::new();
+    let config = lab.quick_config("planned", 3, &json!({}));
+    let text = lab.run("serenity-launch", &[&config, "--plan"]).expect(0).stdout;
+    assert!(text.contains("slab") && text.contains("cache"), "{text}");
+    let object = lab.run("serenity-launch", &[&config, "--plan", "--json"]).expect(0).stdout;
+    let _: Value = serde_json::from_str(object.lines().next().unwrap()).unwrap();
+    assert!(!lab.output("planned").join("log.jsonl").exists());
+}
