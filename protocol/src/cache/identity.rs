@@ -1,6 +1,6 @@
 //! Digests of the files that entries depend on, memoised so that a run with everything cached opens none of them.
 //!
-//! A file up to [`WHOLE_BYTES_MAX`] is hashed whole. Of a larger weight file, which would take as long to hash as to use, the header and
+//! A file is hashed whole, except a weight file over [`WHOLE_BYTES_MAX`]: of that one, which would take as long to hash as to use, the header and
 //! the start, middle and end of every tensor are hashed, with the file's size: any retrained, converted or requantised encoder differs
 //! there. (A file doctored so as to differ only between these samples is not told apart.)
 //!
@@ -21,7 +21,7 @@ use super::text_model::config_file;
 use crate::atomic_file;
 use crate::error::{Error, Result};
 
-/// Largest file that is hashed whole.
+/// Largest weight file that is hashed whole.
 pub const WHOLE_BYTES_MAX: u64 = 64 << 20;
 /// Name of the memo in the cache folder.
 pub const MEMO_FILE: &str = "identity.json";
@@ -108,11 +108,23 @@ impl Memo {
         }
     }
 
-    /// Digest of one file's content (see the module for large ones), in hex.
+    /// Digest of one file's content in hex: plain BLAKE3.
     ///
     /// # Errors
     /// [`Error::Absent`] if it cannot be read; [`Error::TryAgain`] if it changes while it is read.
     pub fn digest(&mut self, path: &Path) -> Result<String> {
+        self.digest_by(path, hash_whole)
+    }
+
+    /// Digest of a weight file, by samples if it is large (see the module).
+    ///
+    /// # Errors
+    /// As [`Self::digest`]; [`Error::Data`] if a large file is no whole safetensors file.
+    pub fn weights(&mut self, path: &Path) -> Result<String> {
+        self.digest_by(path, |path, bytes| if bytes > WHOLE_BYTES_MAX { sample_file(path, bytes) } else { hash_whole(path, bytes) })
+    }
+
+    fn digest_by(&mut self, path: &Path, hash: impl Fn(&Path, u64) -> Result<String>) -> Result<String> {
         let failed = |e| Error::io("cannot read the file", path, e);
         let stamp = Stamp::of(path).map_err(failed)?;
         let name = path.canonicalize().map_err(failed)?.to_string_lossy().into_owned();
@@ -120,7 +132,7 @@ impl Memo {
             return Ok(digest.to_string());
         }
         self.files_hashed += 1;
-        let digest = hash_file(path, stamp.bytes)?;
+        let digest = hash(path, stamp.bytes)?;
         if Stamp::of(path).map_err(failed)? != stamp {
             return Err(Error::try_again("the file changed while it was read")
                 .at(path)
@@ -157,7 +169,7 @@ impl Memo {
         }
         for file in weight_files(path)? {
             feed(&mut hasher, file.file_name().unwrap_or_default().as_encoded_bytes());
-            feed(&mut hasher, self.digest(&file)?.as_bytes());
+            feed(&mut hasher, self.weights(&file)?.as_bytes());
         }
         Ok(hasher.finalize().to_hex().to_string())
     }
@@ -222,18 +234,15 @@ fn indexed_files(folder: &Path, index: &Path) -> Result<Vec<PathBuf>> {
     Ok(names.into_iter().map(|name| folder.join(name)).collect())
 }
 
-fn hash_file(path: &Path, bytes: u64) -> Result<String> {
+fn hash_whole(path: &Path, _bytes: u64) -> Result<String> {
+    let failed = |e| Error::io("cannot read the file", path, e);
     let mut hasher = blake3::Hasher::new();
-    if bytes <= WHOLE_BYTES_MAX {
-        let content = std::fs::read(path).map_err(|e| Error::io("cannot read the file", path, e))?;
-        hasher.update(&content);
-    } else {
-        sample_file(path, bytes, &mut hasher)?;
-    }
+    hasher.update_reader(File::open(path).map_err(failed)?).map_err(failed)?;
     Ok(hasher.finalize().to_hex().to_string())
 }
 
-fn sample_file(path: &Path, bytes: u64, hasher: &mut blake3::Hasher) -> Result<()> {
+fn sample_file(path: &Path, bytes: u64) -> Result<String> {
+    let mut hasher = blake3::Hasher::new();
     let failed = |e| Error::io("cannot read the weight file", path, e);
     let file = File::open(path).map_err(failed)?;
     let mut length = [0; 8];
@@ -256,7 +265,7 @@ fn sample_file(path: &Path, bytes: u64, hasher: &mut blake3::Hasher) -> Result<(
         file.read_exact_at(&mut buffer[..want], payload + at).map_err(failed)?;
         hasher.update(&buffer[..want]);
     }
-    Ok(())
+    Ok(hasher.finalize().to_hex().to_string())
 }
 
 /// Where to sample a payload: start, middle and end of every tensor, in order.
@@ -333,7 +342,7 @@ mod tests {
         let payload = bytes.len();
         bytes.resize(payload + 70 * mib + 100, 0);
         std::fs::write(&file, &bytes).unwrap();
-        let digest = |file: &Path| Memo::default().digest(file).unwrap();
+        let digest = |file: &Path| Memo::default().weights(file).unwrap();
         let first = digest(&file);
         let flipped = |at: usize| {
             let f = File::options().write(true).open(&file).unwrap();
@@ -347,6 +356,6 @@ mod tests {
         }
         assert_eq!(digest(&file), first);
         File::options().write(true).open(&file).unwrap().set_len((payload + 70 * mib) as u64).unwrap();
-        assert_eq!(Memo::default().digest(&file).unwrap_err().exit_code(), 65, "the file ends inside a tensor");
+        assert_eq!(Memo::default().weights(&file).unwrap_err().exit_code(), 65, "the file ends inside a tensor");
     }
 }

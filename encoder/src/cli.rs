@@ -1,0 +1,123 @@
+//! The command line of `serenity-encoder`. Exit codes: 0 done, 64 bad configuration or command line, 65 bad data, 69 something needed is
+//! absent, 70 an invariant broke, 75 interrupted or disk full (run the same command again).
+
+use std::path::PathBuf;
+use std::process::ExitCode;
+
+use clap::{Args, Parser, Subcommand};
+use serenity_protocol::cache::Check;
+use serenity_protocol::config::{Config, OverrideArgs};
+use serenity_protocol::message::Role;
+use serenity_protocol::process::{self, Process};
+use serenity_protocol::{Error, Result};
+
+use crate::run::{RunOptions, Shard, run};
+use crate::{bench, parity};
+
+/// Encodes captions and images into the cache that the trainer reads
+#[derive(Parser)]
+#[command(version, args_conflicts_with_subcommands = true)]
+struct Cli {
+    #[command(subcommand)]
+    command: Option<Command>,
+    #[command(flatten)]
+    job: JobArgs,
+    /// Write a Chrome/Perfetto trace of this process
+    #[arg(long, global = true, value_name = "FILE")]
+    trace: Option<PathBuf>,
+}
+
+#[derive(Args)]
+struct JobArgs {
+    /// Configuration of the run
+    #[arg(long, value_name = "FILE")]
+    config: Option<PathBuf>,
+    #[command(flatten)]
+    overrides: OverrideArgs,
+    /// Do the i-th of n equal parts of the work, i from 0 (for job arrays that fill one cache folder)
+    #[arg(long, value_name = "i/n", default_value = "0/1")]
+    shard: Shard,
+    /// Read and verify every entry that exists, not only those that changed since they were last verified
+    #[arg(long)]
+    verify: bool,
+}
+
+#[derive(Subcommand)]
+enum Command {
+    /// Time the text encoder and the VAE on this machine, against what storage and processor allow
+    Bench(BenchArgs),
+    /// One computation in float32 for comparison with the reference
+    #[command(subcommand)]
+    Parity(ParityCommand),
+}
+
+#[derive(Args)]
+struct BenchArgs {
+    /// Configuration that names the model and the data
+    #[arg(long, value_name = "FILE")]
+    config: PathBuf,
+    #[command(flatten)]
+    overrides: OverrideArgs,
+    /// Encode at most so many captions and images
+    #[arg(long, value_name = "N")]
+    limit: Option<usize>,
+    /// One JSON object on standard output
+    #[arg(long)]
+    json: bool,
+}
+
+#[derive(Subcommand)]
+enum ParityCommand {
+    /// Captions to embeddings; IN is a JSON file with prompts, max_length and hidden_state_indices
+    Text(ParityArgs),
+    /// Images to latents and back; IN is a safetensors file with image_u8_nchw
+    Vae(ParityArgs),
+}
+
+#[derive(Args)]
+struct ParityArgs {
+    /// Folder of the model
+    #[arg(long, value_name = "DIR")]
+    model: PathBuf,
+    /// Input
+    #[arg(long, value_name = "IN")]
+    case: PathBuf,
+    /// Result
+    #[arg(long, value_name = "OUT")]
+    out: PathBuf,
+}
+
+/// Runs the program.
+#[must_use]
+pub fn main() -> ExitCode {
+    let cli = match Cli::try_parse() {
+        Ok(cli) => cli,
+        Err(e) => {
+            // Help and version are no failure; a wrong command line has the code of a wrong configuration. If the terminal is gone
+            // there is nobody to tell.
+            let _ = e.print();
+            return if e.use_stderr() { ExitCode::from(Error::config("").exit_code()) } else { ExitCode::SUCCESS };
+        }
+    };
+    process::main(Role::Encoder, cli.trace.as_deref(), |process| match &cli.command {
+        None => job(&cli.job, process),
+        Some(Command::Bench(args)) => {
+            let config = Config::load(&args.config, &args.overrides.clone().into())?;
+            let report = bench::run(&config, args.limit, process)?;
+            report.print(args.json);
+            Ok(())
+        }
+        Some(Command::Parity(ParityCommand::Text(args))) => parity::text(&args.model, &args.case, &args.out),
+        Some(Command::Parity(ParityCommand::Vae(args))) => parity::vae(&args.model, &args.case, &args.out),
+    })
+}
+
+fn job(args: &JobArgs, process: &Process) -> Result<()> {
+    let path = args.config.as_deref().ok_or_else(|| {
+        Error::config("no configuration was given").advice("serenity-encoder --config FILE (see --help for bench and parity)")
+    })?;
+    let config = Config::load(path, &args.overrides.clone().into())?;
+    let check = if args.verify { Check::Deep } else { Check::Changed };
+    run(&config, RunOptions { shard: args.shard, check, ..RunOptions::default() }, process)?;
+    Ok(())
+}

@@ -1,0 +1,148 @@
+//! An image file to the pixels that the VAE sees.
+//!
+//! As the reference trainer prepares them: EXIF orientation applied; RGB, where an alpha channel is dropped (not blended), as PIL's
+//! `convert("RGB")` does; resized to cover the square, with the antialiased bilinear filter of PIL on 8-bit values; centre crop; then
+//! `x / 127.5 - 1`. Jpeg, png and webp are told apart by content, not by the name's ending.
+
+use std::io::Cursor;
+use std::path::Path;
+
+use candle_core::{DType, Device, Tensor};
+use fast_image_resize::images::Image;
+use fast_image_resize::{FilterType, PixelType, ResizeAlg, ResizeOptions, Resizer};
+use image::{DynamicImage, ImageDecoder, ImageReader, Limits};
+use serenity_protocol::{Error, Result};
+
+use crate::tensor::failed;
+
+/// Largest side of an image accepted, a guard against headers that promise anything.
+const SIDE_MAX: u32 = 1 << 16;
+/// Largest memory that decoding an image may take.
+const DECODE_BYTES_MAX: u64 = 4 << 30;
+
+/// 8-bit RGB pixels, row-major.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Pixels {
+    /// Columns.
+    pub width: usize,
+    /// Rows.
+    pub height: usize,
+    /// `[height, width, 3]`.
+    pub rgb: Vec<u8>,
+}
+
+impl Pixels {
+    /// The image in `bytes` (the content of `path`, which is only named in errors), as a square of `resolution` pixels.
+    ///
+    /// # Errors
+    /// [`Error::Data`] naming the file if it cannot be decoded.
+    pub fn prepare(bytes: &[u8], path: &Path, resolution: u32) -> Result<Self> {
+        let rgb = decode(bytes, path)?.into_rgb8();
+        let (width, height) = rgb.dimensions();
+        let (cover_width, cover_height) = cover(width, height, resolution);
+        let unreadable = |e: &dyn std::fmt::Display| Error::data("the image cannot be resized").at(path).cause(e);
+        let source = Image::from_vec_u8(width, height, rgb.into_raw(), PixelType::U8x3).map_err(|e| unreadable(&e))?;
+        let mut target = Image::new(cover_width, cover_height, PixelType::U8x3);
+        let options = ResizeOptions::new().resize_alg(ResizeAlg::Convolution(FilterType::Bilinear));
+        Resizer::new().resize(&source, &mut target, &options).map_err(|e| unreadable(&e))?;
+        let whole = Self { width: cover_width as usize, height: cover_height as usize, rgb: target.into_vec() };
+        Ok(whole.centre_crop(resolution as usize))
+    }
+
+    fn centre_crop(&self, side: usize) -> Self {
+        let (left, top) = (crop_start(self.width, side), crop_start(self.height, side));
+        let rgb = self.rgb.chunks_exact(self.width * 3).skip(top).take(side).flat_map(|row| &row[left * 3..(left + side) * 3]).copied();
+        Self { width: side, height: side, rgb: rgb.collect() }
+    }
+
+    /// `[1, 3, height, width]` in -1 to 1.
+    ///
+    /// # Errors
+    /// A failure of the device.
+    pub fn to_tensor(&self, device: &Device, dtype: DType) -> Result<Tensor> {
+        Tensor::from_slice(&self.rgb, (1, self.height, self.width, 3), &Device::Cpu)
+            .and_then(|t| t.permute((0, 3, 1, 2))?.contiguous())
+            .and_then(|t| normalise(&t))
+            .and_then(|t| t.to_device(device)?.to_dtype(dtype))
+            .map_err(failed("preparing pixels"))
+    }
+}
+
+/// 8-bit values of any shape to float32 in -1 to 1: divided by 127.5, then less 1, as the reference rounds.
+///
+/// # Errors
+/// A failure of the device.
+pub fn normalise(bytes: &Tensor) -> candle_core::Result<Tensor> {
+    let divisor = Tensor::new(127.5f32, bytes.device())?;
+    let one = Tensor::new(1f32, bytes.device())?;
+    bytes.to_dtype(DType::F32)?.broadcast_div(&divisor)?.broadcast_sub(&one)
+}
+
+fn decode(bytes: &[u8], path: &Path) -> Result<DynamicImage> {
+    let unreadable = |e: &dyn std::fmt::Display| {
+        Error::data("the image cannot be read").at(path).expected("a jpeg, png or webp image").cause(e).advice("repair or remove the file")
+    };
+    let mut reader = ImageReader::new(Cursor::new(bytes)).with_guessed_format().map_err(|e| unreadable(&e))?;
+    let mut limits = Limits::default();
+    limits.max_image_width = Some(SIDE_MAX);
+    limits.max_image_height = Some(SIDE_MAX);
+    limits.max_alloc = Some(DECODE_BYTES_MAX);
+    reader.limits(limits);
+    let mut decoder = reader.into_decoder().map_err(|e| unreadable(&e))?;
+    let orientation = decoder.orientation().map_err(|e| unreadable(&e))?;
+    let mut image = DynamicImage::from_decoder(decoder).map_err(|e| unreadable(&e))?;
+    image.apply_orientation(orientation);
+    if image.width() == 0 || image.height() == 0 {
+        return Err(unreadable(&"it has no pixels"));
+    }
+    Ok(image)
+}
+
+/// The size that covers a square of `side`: the shorter side becomes `side`, the longer one is rounded down (torchvision's `Resize`).
+fn cover(width: u32, height: u32, side: u32) -> (u32, u32) {
+    let long = |long: u32, short: u32| (u64::from(side) * u64::from(long) / u64::from(short)).min(u64::from(u32::MAX)) as u32;
+    if width <= height { (side, long(height, width)) } else { (long(width, height), side) }
+}
+
+/// Where a centre crop starts: half of what is left over, halves rounded to even (torchvision's `CenterCrop`).
+fn crop_start(length: usize, side: usize) -> usize {
+    let over = length - side;
+    over / 2 + usize::from(over % 4 == 3)
+}
+
+#[cfg(test)]
+mod tests {
+    #![allow(clippy::unwrap_used, clippy::expect_used)]
+    use super::*;
+
+    #[test]
+    fn sizes_follow_torchvision() {
+        assert_eq!(cover(640, 427, 512), (767, 512));
+        assert_eq!(cover(427, 640, 512), (512, 767));
+        assert_eq!(cover(3, 3, 128), (128, 128));
+        // int(round((length - side) / 2)) with halves to even.
+        assert_eq!([0, 1, 2, 3, 4, 5, 7].map(|over| crop_start(16 + over, 16)), [0, 0, 1, 2, 2, 2, 4]);
+    }
+
+    #[test]
+    fn pixels_are_what_pillow_and_torchvision_make() {
+        // tests/reference-pixels.py: Image.open, exif_transpose, convert("RGB"), resize((w, h), BILINEAR), crop.
+        let mut image = image::RgbImage::new(37, 23);
+        for (x, y, p) in image.enumerate_pixels_mut() {
+            *p = image::Rgb([(x * 7 + y * 3) as u8, (x * x + y) as u8, (x * y * 5) as u8]);
+        }
+        let mut bytes = Vec::new();
+        image.write_to(&mut Cursor::new(&mut bytes), image::ImageFormat::Png).unwrap();
+        let pixels = Pixels::prepare(&bytes, Path::new("a.png"), 16).unwrap();
+        assert_eq!((pixels.width, pixels.height, pixels.rgb.len()), (16, 16, 768));
+    }
+
+    #[test]
+    fn what_is_no_image_is_named() {
+        for bytes in [&b""[..], b"not an image", b"\x89PNG\r\n\x1a\n", b"\xff\xd8\xff\xe0"] {
+            let error = Pixels::prepare(bytes, Path::new("folder/broken.jpg"), 16).unwrap_err();
+            assert_eq!(error.exit_code(), 65);
+            assert!(error.to_string().contains("folder/broken.jpg"), "{error}");
+        }
+    }
+}

@@ -1,0 +1,69 @@
+//! The border to the tensor library: devices, checkpoint tensors, errors with context.
+
+use candle_core::{DType, Device, Tensor};
+use safetensors::Dtype;
+use serenity_protocol::checkpoint::{Checkpoint, TensorRef};
+use serenity_protocol::config::DeviceKind;
+use serenity_protocol::{Error, Result};
+
+/// Turns an error of the tensor library into ours: shapes are checked when weights are loaded, so what is left is the device's doing
+/// (out of memory, a failed launch) or a defect.
+pub fn failed(what: &'static str) -> impl Fn(candle_core::Error) -> Error {
+    move |e| {
+        let text = e.to_string();
+        if text.contains("OUT_OF_MEMORY") || text.contains("out of memory") {
+            return Error::try_again(format!("the device ran out of memory: {what}"))
+                .cause(text)
+                .advice("free device memory (other processes?), or lower the resolution");
+        }
+        Error::invariant(format!("a computation failed: {what}")).cause(text)
+    }
+}
+
+/// The device of that kind.
+///
+/// # Errors
+/// [`Error::Absent`] where there is no such device, or the program was built without it.
+pub fn device(kind: DeviceKind) -> Result<Device> {
+    match kind {
+        DeviceKind::Cpu => Ok(Device::Cpu),
+        DeviceKind::Cuda(ordinal) => Device::new_cuda(ordinal).map_err(|e| {
+            Error::absent(format!("the CUDA device {ordinal} cannot be used"))
+                .cause(e)
+                .advice("set \"device\": \"cpu\", or build with the cuda feature on a machine with an NVIDIA driver")
+        }),
+    }
+}
+
+/// The type that the text encoder computes in on `device`: float32 on the CPU, bfloat16 elsewhere.
+#[must_use]
+pub fn text_dtype(device: &Device) -> DType {
+    if device.is_cpu() { DType::F32 } else { DType::BF16 }
+}
+
+/// The tensor `name` of that shape in `dtype` on `device`.
+///
+/// # Errors
+/// [`Error::Data`] if it is missing, of another shape or no float tensor.
+pub fn load(checkpoint: &Checkpoint, name: &str, shape: &[usize], device: &Device, dtype: DType) -> Result<Tensor> {
+    let tensor = checkpoint.tensor_of_shape(name, shape)?;
+    upload(&tensor, tensor.bytes(), shape, device, dtype).map_err(|e| e.at(checkpoint.root()).found(format!("tensor '{name}'")))
+}
+
+/// `bytes` of `tensor`'s type as a tensor of `shape`.
+///
+/// # Errors
+/// [`Error::Data`] if the type is no float type that is supported (FP8 checkpoints carry scales that would be ignored).
+pub fn upload(tensor: &TensorRef, bytes: &[u8], shape: &[usize], device: &Device, dtype: DType) -> Result<Tensor> {
+    let stored = match tensor.dtype {
+        Dtype::F32 => DType::F32,
+        Dtype::BF16 => DType::BF16,
+        Dtype::F16 => DType::F16,
+        other => {
+            return Err(Error::data(format!("a weight has type {other:?}"))
+                .expected("F32, BF16 or F16")
+                .advice("use the original weights: quantised or FP8 encoders are not supported"));
+        }
+    };
+    Tensor::from_raw_buffer(bytes, stored, shape, device).and_then(|t| t.to_dtype(dtype)).map_err(failed("uploading weights"))
+}

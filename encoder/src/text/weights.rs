@@ -1,0 +1,96 @@
+//! Where a layer's weights are: three spellings of the names, one reader.
+
+use candle_core::{DType, Device, Tensor};
+use safetensors::Dtype;
+use serenity_protocol::cache::text_model::TextGeometry;
+use serenity_protocol::checkpoint::Checkpoint;
+use serenity_protocol::{Error, Result};
+
+use crate::tensor::{load, upload};
+
+/// Prefixes of the language model's tensors (`spec/flux2.md` 2.5): older multimodal, newer multimodal, text only.
+const PREFIXES: [&str; 3] = ["language_model.model.", "model.language_model.", "model."];
+
+/// The weights of one layer, `[out, in]`.
+pub(super) struct LayerWeights {
+    pub query: Tensor,
+    pub key: Tensor,
+    pub value: Tensor,
+    pub output: Tensor,
+    pub gate: Tensor,
+    pub up: Tensor,
+    pub down: Tensor,
+    pub attention_norm: Tensor,
+    pub mlp_norm: Tensor,
+}
+
+/// The language model's tensors in a checkpoint, whichever way they are spelled.
+pub(super) struct TextWeights {
+    checkpoint: Checkpoint,
+    prefix: &'static str,
+    geometry: TextGeometry,
+}
+
+impl TextWeights {
+    /// # Errors
+    /// [`Error::Data`] if the names are of no known spelling, or of Mistral's own (laid out for another rotary embedding).
+    pub fn new(checkpoint: Checkpoint, geometry: TextGeometry) -> Result<Self> {
+        let native = checkpoint.names().any(|n| n.starts_with("layers.") && n.contains(".attention.wq."));
+        if native {
+            return Err(Error::data("the text encoder is in Mistral's own format (consolidated.safetensors)")
+                .at(checkpoint.root())
+                .cause("its query and key rows are laid out for another form of rotary embedding")
+                .advice("use the Hugging Face files (model-*.safetensors with model.safetensors.index.json)"));
+        }
+        if let Some(scale) = checkpoint.names().find(|n| n.ends_with(".weight_scale") || n.ends_with(".scale_weight") || n.ends_with(".weight_scale_inv")) {
+            return Err(Error::data("the text encoder is quantised").at(checkpoint.root()).found(format!("tensor '{scale}'")).advice("use the bf16 weights"));
+        }
+        let prefix = PREFIXES.into_iter().find(|p| checkpoint.contains(&format!("{p}layers.0.input_layernorm.weight")));
+        let prefix = prefix.ok_or_else(|| {
+            Error::data("the text encoder's tensors have no known names")
+                .at(checkpoint.root())
+                .expected(PREFIXES.map(|p| format!("{p}layers.0.input_layernorm.weight")).join(", or "))
+                .found(checkpoint.names().take(3).collect::<Vec<_>>().join(", "))
+        })?;
+        Ok(Self { checkpoint, prefix, geometry })
+    }
+
+    /// Reads layer `index` and moves it to `device`.
+    pub fn layer(&self, index: usize, device: &Device, dtype: DType) -> Result<LayerWeights> {
+        let _span = tracing::trace_span!("read", layer = index).entered();
+        let g = &self.geometry;
+        let (d, queries, keys, m) = (g.hidden, g.heads * g.head_dim, g.kv_heads * g.head_dim, g.intermediate);
+        let get = |name: &str, shape: &[usize]| load(&self.checkpoint, &format!("{}layers.{index}.{name}.weight", self.prefix), shape, device, dtype);
+        Ok(LayerWeights {
+            query: get("self_attn.q_proj", &[queries, d])?,
+            key: get("self_attn.k_proj", &[keys, d])?,
+            value: get("self_attn.v_proj", &[keys, d])?,
+            output: get("self_attn.o_proj", &[d, queries])?,
+            gate: get("mlp.gate_proj", &[m, d])?,
+            up: get("mlp.up_proj", &[m, d])?,
+            down: get("mlp.down_proj", &[d, m])?,
+            attention_norm: get("input_layernorm", &[d])?,
+            mlp_norm: get("post_attention_layernorm", &[d])?,
+        })
+    }
+
+    /// The embeddings of `ids`, `[ids, hidden]`: only these rows of the (large) table are read.
+    pub fn embed(&self, ids: &[u32], device: &Device, dtype: DType) -> Result<Tensor> {
+        let g = &self.geometry;
+        let table = self.checkpoint.tensor_of_shape(&format!("{}embed_tokens.weight", self.prefix), &[g.vocab, g.hidden])?;
+        let element_bytes = if table.dtype == Dtype::F32 { 4 } else { 2 };
+        let row_bytes = g.hidden * element_bytes;
+        let mut bytes = Vec::with_capacity(ids.len() * row_bytes);
+        for &id in ids {
+            let start = id as usize * row_bytes;
+            let row = table.bytes().get(start..start + row_bytes).ok_or_else(|| {
+                Error::data("a token id lies outside the text encoder's vocabulary: tokenizer and encoder do not belong together")
+                    .at(self.checkpoint.root())
+                    .expected(format!("ids below {}", g.vocab))
+                    .found(id)
+            })?;
+            bytes.extend_from_slice(row);
+        }
+        upload(&table, &bytes, &[ids.len(), g.hidden], device, dtype).map_err(|e| e.at(self.checkpoint.root()))
+    }
+}
