@@ -131,7 +131,7 @@ fn stream(parts: &[Tensor]) -> Result<Option<StreamModulation>> {
 /// would round it to one of 256 levels.
 fn sinusoid(values: &[f32], channels: usize, device: &Device) -> Result<Tensor> {
     let half = channels / 2;
-    let frequencies: Vec<f32> = (0..half).map(|j| (-(10_000f32.ln()) * j as f32 / half as f32).exp()).collect();
+    let frequencies: Vec<f32> = (0..half).map(|j| exp_as_reference(-LN_10000 * j as f32 / half as f32)).collect();
     let mut data = Vec::with_capacity(values.len() * channels);
     for value in values {
         let time = value * 1000.0;
@@ -141,4 +141,25 @@ fn sinusoid(values: &[f32], channels: usize, device: &Device) -> Result<Tensor> 
         data.resize(data.len() + channels % 2, 0.0);
     }
     Tensor::from_vec(data, (values.len(), channels), device)
+}
+
+/// ln 10000, the base of the frequencies, in float32 as the reference has it.
+const LN_10000: f32 = 9.210_340_5;
+
+/// e^x of a float32 in about -10..0, with the reference's last bit.
+///
+/// A frequency near 1 is multiplied by a time of up to 1000, so that one unit in its last place turns by up to 6e-5 rad: as much as the whole
+/// tolerance of a comparison in float32. The reference's vector math library takes 2^(n/128) from a table in two parts and a quadratic in
+/// the remainder, which rounds 1 % of the frequencies otherwise than exactly; this does the same, and needs no platform's `exp`.
+fn exp_as_reference(x: f32) -> f32 {
+    const PARTS: f64 = 128.0;
+    const STEP: f64 = std::f64::consts::LN_2 / PARTS;
+    let n = (x * (PARTS * std::f64::consts::LOG2_E) as f32).round_ties_even();
+    let remainder = (-n).mul_add((STEP - f64::from(STEP as f32)) as f32, (-n).mul_add(STEP as f32, x));
+    let octave = (f64::from(n) / PARTS).floor();
+    let fraction = libm::exp2(f64::from(n) / PARTS - octave);
+    let high = fraction as f32;
+    let low = (fraction - f64::from(high)) as f32;
+    let poly = (remainder * remainder).mul_add(0.5, remainder);
+    (high + high.mul_add(poly, low)) * libm::exp2(octave) as f32
 }

@@ -156,7 +156,8 @@ impl Flux2 {
             self.block_forward(&weights, adapters, &mut flights, &mut |_, _| Ok(()))?;
             last = Some(weights);
         }
-        let mut output = StepOutput { losses: Vec::new(), predictions: Vec::new(), grads: AdapterGrads::zeros(adapters)?, forward_seconds: 0.0 };
+        let mut output =
+            StepOutput { losses: Vec::new(), predictions: Vec::new(), grads: AdapterGrads::zeros(adapters)?, forward_seconds: 0.0 };
         let mut gradients = Vec::with_capacity(flights.len());
         for (flight, batch) in flights.iter().zip(batches) {
             let prediction = self.head(flight)?;

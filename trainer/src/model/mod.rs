@@ -32,3 +32,6 @@ use serenity_protocol::Error;
 pub fn tensor_error(what: &str, cause: candle_core::Error) -> Error {
     Error::invariant(what).cause(cause)
 }
+
+#[cfg(test)]
+mod tests;

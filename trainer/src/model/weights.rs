@@ -72,6 +72,12 @@ impl BlockWeights {
         self.block
     }
 
+    /// Linears that are held in a wider type than the slab's bfloat16.
+    #[must_use]
+    pub fn widened(&self) -> usize {
+        self.linears.iter().filter(|(_, t)| t.dtype() != DType::BF16).count()
+    }
+
     /// The weight of the linear of that name within the block, e.g. `attn.to_q`.
     ///
     /// # Errors
