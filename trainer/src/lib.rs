@@ -16,11 +16,15 @@ pub mod parity;
 pub mod plot;
 pub mod ring_source;
 pub mod rng;
+pub mod run;
 pub mod schedule;
 pub mod settings;
 pub mod slab_source;
 pub mod source;
+pub mod step;
 pub mod synthetic_source;
 #[cfg(test)]
 mod test_support;
+pub mod telemetry;
 pub mod timestep;
+pub mod validation;

@@ -60,9 +60,8 @@ impl SlabSource {
             this.blocks.push(Arc::new(BlockWeights::new(geometry, block, weights)?));
         }
         let all = geometry.blocks().flat_map(|b| geometry.block_linears(b));
-        let (linears, elements) = all.fold((0, 0), |(n, e), l| (n + 1, e + (l.out_features * l.in_features) as u64));
-        this.counters.moved_bytes = elements * dtype.size_in_bytes() as u64;
-        this.counters.promotions = if dtype == DType::BF16 { 0 } else { linears };
+        let elements: usize = all.map(|l| l.out_features * l.in_features).sum();
+        this.counters.moved_bytes = (elements * dtype.size_in_bytes()) as u64;
         Ok(this)
     }
 }

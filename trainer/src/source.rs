@@ -27,8 +27,6 @@ pub struct Counters {
     pub misses: u64,
     /// Blocks dropped from the device to make room.
     pub evictions: u64,
-    /// Weights delivered in a wider type than the slab's bfloat16.
-    pub promotions: u64,
     /// Slots of the ring that are free.
     pub slots_free: u64,
     /// Slots of the ring in use.
@@ -64,21 +62,27 @@ impl Announced {
     }
 }
 
-/// Passes on to a source, counts time and visits, and tells the launcher at each visit that the trainer is alive.
+/// Passes on to a source, counts time and visits, tells the launcher at each visit that the trainer is alive, and abandons the work when
+/// the process is asked to stop.
 pub struct Metered<'s> {
     source: &'s mut dyn TrainingSource,
     process: &'s Process,
-    /// Seconds inside of the source: waiting and copying.
-    pub source_seconds: f64,
+    forward_visits: usize,
+    /// Seconds inside of the source in the first pass over the blocks: waiting and copying.
+    pub forward_seconds: f64,
+    /// The same in the visits after that.
+    pub backward_seconds: f64,
     /// Visits made.
-    pub visits: u64,
+    pub visits: usize,
+    /// Weights that were delivered in a wider type than the slab's bfloat16.
+    pub promotions: u64,
 }
 
 impl<'s> Metered<'s> {
-    /// Wraps `source` for one step.
+    /// Wraps `source` for one step, whose first `forward_visits` visits are the forward pass.
     #[must_use]
-    pub fn new(source: &'s mut dyn TrainingSource, process: &'s Process) -> Self {
-        Self { source, process, source_seconds: 0.0, visits: 0 }
+    pub fn new(source: &'s mut dyn TrainingSource, process: &'s Process, forward_visits: usize) -> Self {
+        Self { source, process, forward_visits, forward_seconds: 0.0, backward_seconds: 0.0, visits: 0, promotions: 0 }
     }
 }
 
@@ -88,11 +92,16 @@ impl BlockSource for Metered<'_> {
     }
 
     fn next(&mut self, block: BlockId) -> Result<Arc<BlockWeights>> {
+        if self.process.stop_requested() {
+            return Err(self.process.interrupted());
+        }
         self.process.tick();
         let started = Instant::now();
-        let weights = self.source.next(block);
-        self.source_seconds += started.elapsed().as_secs_f64();
+        let weights = self.source.next(block)?;
+        let seconds = started.elapsed().as_secs_f64();
+        if self.visits < self.forward_visits { self.forward_seconds += seconds } else { self.backward_seconds += seconds }
         self.visits += 1;
-        weights
+        self.promotions += weights.widened() as u64;
+        Ok(weights)
     }
 }
