@@ -6,6 +6,7 @@ use std::process::ExitCode;
 
 use clap::{Args, Parser, Subcommand};
 use serenity_loader::slab_tool::build::{self, BuildOptions};
+use serenity_loader::slab_tool::synth::{self, Preset, SynthOptions};
 use serenity_loader::slab_tool::{info, verify};
 use serenity_protocol::message::{FromChild, Role};
 use serenity_protocol::process::{self, Process};
@@ -31,6 +32,8 @@ enum Command {
     Verify(VerifyArgs),
     /// Describe a slab
     Info(InfoArgs),
+    /// Make a model of random weights, in the Hugging Face layout or as a slab only
+    Synth(SynthArgs),
 }
 
 #[derive(Args)]
@@ -99,6 +102,25 @@ struct InfoArgs {
     json: bool,
 }
 
+#[derive(Args)]
+struct SynthArgs {
+    /// Which model
+    #[arg(long, value_enum)]
+    preset: Preset,
+    /// Folder of the checkpoint; with --slab-only, path and name of the slab's files, without an ending
+    #[arg(long, value_name = "DIR")]
+    output: PathBuf,
+    /// Seed of the weights
+    #[arg(long, default_value_t = 0)]
+    seed: u64,
+    /// A slab of random codes instead of a checkpoint
+    #[arg(long)]
+    slab_only: bool,
+    /// Print the result as JSON
+    #[arg(long)]
+    json: bool,
+}
+
 fn main() -> ExitCode {
     let cli = match Cli::try_parse() {
         Ok(cli) => cli,
@@ -109,6 +131,7 @@ fn main() -> ExitCode {
         Command::Build(args) => run_build(args, process),
         Command::Verify(args) => run_verify(args, process),
         Command::Info(args) => run_info(args, process),
+        Command::Synth(args) => run_synth(args, process),
     })
 }
 
@@ -180,6 +203,27 @@ fn run_info(args: InfoArgs, process: &Process) -> Result<()> {
         let error = layer.error.map(|e| format!("  relative L2 {:.6}, cosine {:.8}", e.relative_l2, e.cosine)).unwrap_or_default();
         println!("  {:<60} [{}, {}] at {}{error}", layer.name, layer.shape[0], layer.shape[1], layer.offset);
     }
+    Ok(())
+}
+
+fn run_synth(args: SynthArgs, process: &Process) -> Result<()> {
+    let started = std::time::Instant::now();
+    let (files, bytes) = if args.slab_only {
+        let (files, bytes) = synth::synth_slab(args.preset, &args.output, args.seed, process)?;
+        ([files.slab, files.manifest, files.companion].map(|p| p.display().to_string()).to_vec(), bytes)
+    } else {
+        let options = SynthOptions { preset: args.preset, output: args.output, seed: args.seed };
+        let bytes = synth::synth(&options, process)?;
+        (vec![options.output.display().to_string()], bytes)
+    };
+    let seconds = started.elapsed().as_secs_f64();
+    if args.json {
+        print_json(&serde_json::json!({"files": files, "bytes": bytes, "seconds": seconds}))?;
+    } else {
+        println!("{}, seed {}, {bytes} bytes in {seconds:.1} s:", args.preset.name(), args.seed);
+        files.iter().for_each(|f| println!("  {f}"));
+    }
+    process.send(&FromChild::Done { files });
     Ok(())
 }
 

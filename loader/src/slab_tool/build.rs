@@ -81,7 +81,7 @@ pub struct SlabFiles {
     /// `PREFIX.other.safetensors`
     pub companion: PathBuf,
     /// `PREFIX.safetensors.partial`
-    partial: PathBuf,
+    pub(super) partial: PathBuf,
     /// `PREFIX.build.partial`
     journal: PathBuf,
 }
@@ -109,7 +109,7 @@ impl SlabFiles {
         })
     }
 
-    fn folder(&self) -> &Path {
+    pub(super) fn folder(&self) -> &Path {
         self.slab.parent().filter(|p| !p.as_os_str().is_empty()).unwrap_or(Path::new("."))
     }
 }
@@ -183,18 +183,22 @@ pub fn build(options: &BuildOptions, process: &Process) -> Result<BuildReport> {
     progress.add(resumed_bytes)?;
     let hashes = write_slab(&Job { plan: &plan, source: &source, files: &files, page_bytes, identity, journal_bytes: options.journal_bytes }, resumed, &mut progress)?;
     let companion = companion::write(&others, &source, &files.companion, &mut progress)?;
-    let manifest = assemble(options, &source, &plan, page_bytes, hashes, companion);
-    // From here on an older slab of this name is being replaced: without its manifest nobody takes a mixture for a slab.
-    match std::fs::remove_file(&files.manifest) {
-        Err(e) if e.kind() != std::io::ErrorKind::NotFound => return Err(Error::io("cannot replace the old manifest", &files.manifest, e)),
-        _ => {}
-    }
+    let manifest = assemble(source.geometry(), options.architecture_id.clone(), &plan, page_bytes, hashes, companion);
+    remove_manifest(&files)?;
     publish(&files.partial, &files.slab)?;
     publish(&atomic_file::temp_path(&files.companion), &files.companion)?;
     atomic_file::write(&files.manifest, manifest.to_json()?.as_bytes())?;
     // Both are done with; a leftover would only be overwritten by the next build.
     let _ = std::fs::remove_file(&files.journal);
     Ok(BuildReport { layers: plan.linears.len(), bytes: total, resumed_bytes, seconds: started.elapsed().as_secs_f64(), files })
+}
+
+/// Removes an older manifest of the same name before its slab is replaced: without it nobody takes a mixture for a slab.
+pub(super) fn remove_manifest(files: &SlabFiles) -> Result<()> {
+    match std::fs::remove_file(&files.manifest) {
+        Err(e) if e.kind() != std::io::ErrorKind::NotFound => Err(Error::io("cannot replace the old manifest", &files.manifest, e)),
+        _ => Ok(()),
+    }
 }
 
 /// Refuses what the quantiser cannot read before anything is written.
@@ -207,7 +211,7 @@ fn check_types(source: &TransformerSource, geometry: &TransformerGeometry) -> Re
 }
 
 /// The right to write one slab's files. Dropping it removes the lock file and frees the lock.
-struct BuildLock {
+pub(super) struct BuildLock {
     path: PathBuf,
     _file: File,
 }
@@ -220,7 +224,7 @@ impl Drop for BuildLock {
 }
 
 /// Keeps a second build of the same files away.
-fn lock(files: &SlabFiles) -> Result<BuildLock> {
+pub(super) fn lock(files: &SlabFiles) -> Result<BuildLock> {
     use std::os::unix::fs::MetadataExt;
     let mut path = files.journal.clone().into_os_string();
     path.push(".lock");
@@ -426,15 +430,15 @@ pub(super) fn not_finite(name: &str, row: usize, column: usize, file: &Path) -> 
         .advice("the checkpoint is corrupt: download or convert it again")
 }
 
-fn assemble(
-    options: &BuildOptions,
-    source: &TransformerSource,
+/// The manifest of a written slab.
+pub(super) fn assemble(
+    geometry: &TransformerGeometry,
+    label: Option<String>,
     plan: &SlabPlan,
     page_bytes: u64,
     hashes: FileHashes,
     companion: Companion,
 ) -> Manifest {
-    let geometry = source.geometry();
     let mut layers: Vec<_> = plan.linears.iter().map(|(_, layer)| layer.clone()).collect();
     layers.sort_by(|a, b| a.canonical_name.cmp(&b.canonical_name));
     let total = layers.iter().map(|l| l.packed_shape[0] as u64 * l.packed_shape[1] as u64).sum();
@@ -442,7 +446,7 @@ fn assemble(
     let geometry_out = TransformerGeometry { out_channels: geometry.out_channels.filter(|&n| n != geometry.in_channels), ..geometry.clone() };
     Manifest {
         model_signature: manifest::model_signature(&geometry.all_linears()),
-        architecture_id: options.architecture_id.clone().unwrap_or_else(|| architecture_id(geometry).to_owned()),
+        architecture_id: label.unwrap_or_else(|| architecture_id(geometry).to_owned()),
         quant_version: manifest::QUANT_VERSION.into(),
         kernel_abi_version: manifest::KERNEL_ABI_VERSION,
         min_runtime_version: "0.1.0".into(),

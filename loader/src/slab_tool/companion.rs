@@ -16,7 +16,7 @@ use super::build::{COMPANION_DTYPE, not_finite};
 use super::plan::{FilePlan, PlanBuilder};
 use super::progress::Progress;
 use super::source::{SourceReader, element_bytes};
-use super::writer::FileWriter;
+use super::writer::{FileHashes, FileWriter};
 
 /// Values converted by one task.
 const CONVERT_VALUES: usize = 1 << 16;
@@ -44,6 +44,21 @@ impl CompanionPlan {
             }
         }
         Ok(Self { file: file.finish(64, &[("format", "pt")])? })
+    }
+
+    /// What the manifest says of the finished file at `path`.
+    ///
+    /// # Errors
+    /// [`Error::Config`] for a path without a UTF-8 name.
+    pub fn manifest_entry(&self, path: &Path, hashes: FileHashes) -> Result<Companion> {
+        let name = path.file_name().and_then(|n| n.to_str()).ok_or_else(|| Error::config("--output is no UTF-8 name").at(path))?;
+        let tensors = self.file.tensors.iter().zip(hashes.tensors).map(|(t, hash)| (t.name.clone(), hash)).collect();
+        Ok(Companion {
+            file: name.to_owned(),
+            bytes: self.file.file_bytes,
+            xxh3: hashes.whole.ok_or_else(|| Error::invariant("the companion was not hashed"))?,
+            tensor_xxh3: tensors,
+        })
     }
 }
 
@@ -78,13 +93,5 @@ pub fn write(plan: &CompanionPlan, source: &TransformerSource, path: &Path, prog
             progress.add((batch.bytes.len() / width * 2) as u64)
         })?;
     }
-    let hashes = writer.finish()?;
-    let name = path.file_name().and_then(|n| n.to_str()).ok_or_else(|| Error::config("--output is no UTF-8 name").at(path))?;
-    let tensors = plan.file.tensors.iter().zip(hashes.tensors).map(|(t, hash)| (t.name.clone(), hash)).collect();
-    Ok(Companion {
-        file: name.to_owned(),
-        bytes: plan.file.file_bytes,
-        xxh3: hashes.whole.ok_or_else(|| Error::invariant("the companion was not hashed"))?,
-        tensor_xxh3: tensors,
-    })
+    plan.manifest_entry(path, writer.finish()?)
 }

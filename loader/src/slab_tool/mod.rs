@@ -9,5 +9,6 @@ pub mod info;
 pub mod plan;
 mod progress;
 pub mod source;
+pub mod synth;
 pub mod verify;
 pub mod writer;
