@@ -15,8 +15,10 @@ pub mod geometry;
 pub mod message;
 pub mod model_path;
 pub mod names;
+pub mod plan;
 pub mod process;
 pub mod ring;
 pub mod slab;
+pub mod targets;
 
 pub use error::{Error, Result};

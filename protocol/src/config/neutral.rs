@@ -36,6 +36,7 @@ pub(super) fn check(raw: &RawConfig) -> Result<()> {
     }
     if raw.sample.enabled == Some(true) {
         return Err(Error::config("`sample.enabled` cannot be true: the trainer draws no sample images")
+            .found(true)
             .advice("set sample.enabled to false; the validation section measures a validation loss instead"));
     }
     Ok(())

@@ -20,8 +20,8 @@ const SLOT_ALIGN: u64 = 4096;
 const CHUNK_BYTES: u64 = 64 << 20;
 /// Without `ring_chunk_mb`, a small pool is cut into at least this many slots, or nothing would overlap.
 const SLOTS_WANTED: u64 = 8;
-/// More slots than this only make the ring's bookkeeping slow.
-const SLOTS_MAX: u64 = 1 << 16;
+/// What the ring can name.
+const SLOTS_MAX: u64 = crate::ring::words::SLOTS_MAX as u64;
 
 impl Config {
     /// Reads and validates `path` with the command line's `overrides`.

@@ -1,0 +1,394 @@
+//! What a run will do and need, known before anything starts: slab and cache state, adapters, memory, disk.
+//!
+//! The plan reads headers and folders only: no weight, no pixel. It is shown first, so that a wrong target list or a ring that does not
+//! fit costs seconds and not an hour. What makes the run impossible is kept in [`Plan::problems`] rather than returned at once: the
+//! user sees the whole plan with it.
+//!
+//! Figures of memory are predictions by the formulas of [`memory`]; the trainer measures.
+
+mod display;
+pub mod memory;
+
+use std::path::{Path, PathBuf};
+
+use serde::Serialize;
+
+use crate::cache::CachePlan;
+use crate::config::{Config, DeviceKind, MemoryStrategy, PayloadForm};
+use crate::dataset;
+use crate::error::{Error, Result};
+use crate::geometry::TransformerGeometry;
+use crate::model_path::{self, ModelPaths, TransformerSource};
+use crate::slab::Slab;
+use crate::slab::manifest::padded_in;
+use crate::targets::{TargetMatch, match_targets};
+
+pub use display::human_bytes;
+pub use memory::{Amount, MemoryPlan, RingMemory};
+
+/// Columns of a slab's row are padded to a multiple of this, as the original's builder does.
+const PAD_K: usize = 64;
+
+/// Everything that is known before the run.
+#[derive(Debug, Serialize)]
+pub struct Plan {
+    /// Name of the run.
+    pub name: String,
+    /// Configuration file.
+    pub config: PathBuf,
+    /// Where results go.
+    pub output_dir: PathBuf,
+    /// The base model.
+    pub model: ModelPlan,
+    /// The slab.
+    pub slab: SlabPlan,
+    /// The cache of embeddings and latents.
+    pub cache: CacheSummary,
+    /// The adapters.
+    pub adapters: AdapterPlan,
+    /// The training run.
+    pub training: TrainingPlan,
+    /// Predicted memory.
+    pub memory: MemoryPlan,
+    /// Predicted use of disks.
+    pub disk: Vec<DiskPlan>,
+    /// What the user should know, one line each.
+    pub notices: Vec<String>,
+    /// What makes the run impossible; the first decides the exit code.
+    #[serde(serialize_with = "as_text")]
+    pub problems: Vec<Error>,
+}
+
+fn as_text<S: serde::Serializer>(problems: &[Error], serializer: S) -> Result<S::Ok, S::Error> {
+    serializer.collect_seq(problems.iter().map(ToString::to_string))
+}
+
+/// The base model.
+#[derive(Debug, Serialize)]
+pub struct ModelPlan {
+    /// Folder or file of the transformer.
+    pub transformer: PathBuf,
+    /// Double blocks.
+    pub double_blocks: usize,
+    /// Single blocks.
+    pub single_blocks: usize,
+    /// Inner dimension D.
+    pub inner_dim: usize,
+    /// Parameters in all.
+    pub parameters: u64,
+    /// Parameters in the blocks.
+    pub block_parameters: u64,
+}
+
+/// The slab.
+#[derive(Debug, Serialize)]
+pub struct SlabPlan {
+    /// File.
+    pub path: PathBuf,
+    /// Its manifest.
+    pub manifest: PathBuf,
+    /// State.
+    pub state: SlabState,
+    /// Bytes of the file, predicted where it is missing.
+    pub bytes: u64,
+}
+
+/// State of the slab.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize)]
+#[serde(rename_all = "snake_case")]
+pub enum SlabState {
+    /// Neither file, or only one of two that belong together: it will be built.
+    Missing,
+    /// There, and of this model.
+    Present,
+    /// There, but damaged or of another model: a problem.
+    Unusable,
+}
+
+/// The cache of embeddings and latents.
+#[derive(Debug, Serialize)]
+pub struct CacheSummary {
+    /// Folder.
+    pub folder: PathBuf,
+    /// Images with captions (repeats not counted).
+    pub samples: usize,
+    /// Distinct captions.
+    pub captions: usize,
+    /// Captions without an embedding.
+    pub captions_missing: usize,
+    /// Distinct images.
+    pub images: usize,
+    /// Images without a latent.
+    pub images_missing: usize,
+}
+
+impl CacheSummary {
+    /// Whether the encoder has nothing to do.
+    #[must_use]
+    pub fn is_complete(&self) -> bool {
+        self.captions_missing == 0 && self.images_missing == 0
+    }
+}
+
+/// The adapters.
+#[derive(Debug, Serialize)]
+pub struct AdapterPlan {
+    /// Rank.
+    pub rank: usize,
+    /// Alpha.
+    pub alpha: f64,
+    /// Adapted linears.
+    pub linears: usize,
+    /// Trainable parameters.
+    pub parameters: u64,
+    /// Each entry of `target_modules` with the number of linears that it matched.
+    pub entries: Vec<(String, usize)>,
+}
+
+/// The training run.
+#[derive(Debug, Serialize)]
+pub struct TrainingPlan {
+    /// Optimiser steps.
+    pub steps: u64,
+    /// Samples in a micro-batch.
+    pub batch_size: usize,
+    /// Micro-batches in a step.
+    pub accumulation: usize,
+    /// Side of the images in pixels.
+    pub resolution: u32,
+    /// Image tokens of a sample.
+    pub image_tokens: usize,
+    /// Text tokens of a sample.
+    pub text_tokens: usize,
+    /// `cpu` or `cuda:N`.
+    pub device: String,
+    /// `stagehand` (blocks stream) or `resident`.
+    pub strategy: &'static str,
+    /// `bf16` or `int8`: what the ring carries.
+    pub payload: &'static str,
+}
+
+/// Bytes to be written on one file system.
+#[derive(Debug, Serialize)]
+pub struct DiskPlan {
+    /// A path on it.
+    pub path: PathBuf,
+    /// What is written: the slab, the cache.
+    pub what: Vec<String>,
+    /// Bytes needed, at most.
+    pub needed_bytes: u64,
+    /// Bytes free for this user.
+    pub free_bytes: u64,
+}
+
+impl Plan {
+    /// Plans the run of `config`.
+    ///
+    /// # Errors
+    /// What stops the plan from being made at all: a missing model or data folder ([`Error::Absent`]), malformed model files, images
+    /// without captions ([`Error::Data`]), targets that match nothing ([`Error::Config`]). Anything else is in [`Plan::problems`].
+    pub fn new(config: &Config) -> Result<Self> {
+        let paths = model_path::resolve(&config.model)?;
+        let source = TransformerSource::open(&paths)?;
+        let geometry = source.geometry().clone();
+        drop(source);
+        let targets = match_targets(&geometry, &config.adapter.targets)?;
+        let samples = dataset::scan(&config.data)?;
+        let cache = CachePlan::new(config, &paths, &samples)?;
+        Self::assemble(config, &paths, &geometry, &targets, &cache)
+    }
+
+    fn assemble(
+        config: &Config,
+        paths: &ModelPaths,
+        geometry: &TransformerGeometry,
+        targets: &TargetMatch,
+        cache: &CachePlan,
+    ) -> Result<Self> {
+        let mut problems = Vec::new();
+        let mut notices = config.notices.clone();
+        notices.extend(targets.notes.iter().cloned());
+        let slab = slab_plan(config, geometry, &mut problems)?;
+        let parameters = targets.parameters(config.adapter.rank);
+        let cache_summary = CacheSummary {
+            folder: cache.folder.clone(),
+            samples: cache.samples.len(),
+            captions: cache.text.len(),
+            captions_missing: cache.missing_text().count(),
+            images: cache.latents.len(),
+            images_missing: cache.missing_latents().count(),
+        };
+        let memory = memory::predict(config, geometry, paths, parameters, &cache_summary, &mut notices, &mut problems)?;
+        let disk = disk_plan(config, geometry, &slab, &cache_summary, &mut notices, &mut problems);
+        check_original_slab_size(config, geometry, &mut problems);
+        let (d, side) = (geometry.inner_dim(), config.resolution as usize / 16);
+        let count = |shapes: &[(String, Vec<usize>)]| shapes.iter().map(|(_, s)| s.iter().map(|n| *n as u64).product::<u64>()).sum();
+        Ok(Self {
+            name: config.name.clone(),
+            config: config.source.clone(),
+            output_dir: config.output_dir.clone(),
+            model: ModelPlan {
+                transformer: paths.transformer.clone(),
+                double_blocks: geometry.num_layers,
+                single_blocks: geometry.num_single_layers,
+                inner_dim: d,
+                parameters: count(&geometry.all_tensors()),
+                block_parameters: memory::block_parameters(geometry),
+            },
+            slab,
+            cache: cache_summary,
+            adapters: AdapterPlan {
+                rank: config.adapter.rank,
+                alpha: config.adapter.alpha,
+                linears: targets.linears.len(),
+                parameters,
+                entries: targets.per_entry.clone(),
+            },
+            training: TrainingPlan {
+                steps: config.max_steps,
+                batch_size: config.batch_size,
+                accumulation: config.gradient_accumulation_steps,
+                resolution: config.resolution,
+                image_tokens: side * side,
+                text_tokens: config.model.max_sequence_length,
+                device: match config.device {
+                    DeviceKind::Cpu => "cpu".to_string(),
+                    DeviceKind::Cuda(n) => format!("cuda:{n}"),
+                },
+                strategy: match config.memory.strategy {
+                    MemoryStrategy::Stagehand => "stagehand",
+                    MemoryStrategy::Resident => "resident",
+                },
+                payload: match config.memory.stagehand.form {
+                    PayloadForm::Bf16 => "bf16",
+                    PayloadForm::Int8 => "int8",
+                },
+            },
+            memory,
+            disk,
+            notices,
+            problems,
+        })
+    }
+}
+
+/// State and size of the slab. A damaged or foreign one is a problem: it is never overwritten.
+fn slab_plan(config: &Config, geometry: &TransformerGeometry, problems: &mut Vec<Error>) -> Result<SlabPlan> {
+    let (path, manifest) = (&config.memory.slab_path, &config.memory.manifest_path);
+    let mut plan = SlabPlan { path: path.clone(), manifest: manifest.clone(), state: SlabState::Missing, bytes: slab_bytes(geometry)? };
+    match (path.exists(), manifest.exists()) {
+        (false, _) => return Ok(plan),
+        (true, false) if is_own_slab(config) => return Ok(plan),
+        (true, false) => problems.push(
+            Error::absent("the slab has no manifest")
+                .at(manifest)
+                .advice("correct memory.stagehand.squareq_manifest_path, or remove the slab to have both built again"),
+        ),
+        (true, true) => {}
+    }
+    if problems.is_empty() {
+        match Slab::open(path, manifest).and_then(|s| s.check_model(geometry).map(|()| s)) {
+            Ok(slab) => {
+                plan.bytes = slab.file_bytes();
+                plan.state = SlabState::Present;
+                return Ok(plan);
+            }
+            Err(e) => problems.push(e),
+        }
+    }
+    plan.state = SlabState::Unusable;
+    Ok(plan)
+}
+
+/// Whether the slab lies where only this run's builder puts one, so that half of one is left over from an interrupted build.
+fn is_own_slab(config: &Config) -> bool {
+    config.memory.slab_path.starts_with(&config.output_dir)
+}
+
+/// Bytes of a slab of the blocks, without headers: padded INT8 rows, f32 scale and zero point of each row; and of its companion with
+/// everything else in bf16.
+fn slab_bytes(geometry: &TransformerGeometry) -> Result<u64> {
+    let mut bytes = 2 * memory::other_parameters(geometry);
+    for linear in geometry.blocks().flat_map(|b| geometry.block_linears(b)) {
+        let columns = padded_in(linear.in_features, PAD_K).ok_or_else(|| Error::data("a linear is too large").found(&linear.name))?;
+        bytes += linear.out_features as u64 * (columns as u64 + 8);
+    }
+    Ok(bytes)
+}
+
+/// `pinned_slab_mb` of the original must hold the largest block in bf16.
+fn check_original_slab_size(config: &Config, geometry: &TransformerGeometry, problems: &mut Vec<Error>) {
+    let Some(slab) = config.memory.stagehand.pinned_slab_bytes else { return };
+    let largest = 2 * memory::largest_block_parameters(geometry);
+    if slab < largest {
+        problems.push(
+            Error::config("`memory.stagehand.pinned_slab_mb` does not hold the largest block of the model")
+                .expected(format!("at least {} MiB", largest.div_ceil(1 << 20)))
+                .found(format!("{} MiB", slab >> 20))
+                .advice("raise it, or remove it: ring_chunk_mb takes its place"),
+        );
+    }
+}
+
+/// What will be written, by file system.
+fn disk_plan(
+    config: &Config,
+    geometry: &TransformerGeometry,
+    slab: &SlabPlan,
+    cache: &CacheSummary,
+    notices: &mut Vec<String>,
+    problems: &mut Vec<Error>,
+) -> Vec<DiskPlan> {
+    let side = u64::from(config.resolution / 16);
+    let text = (config.model.max_sequence_length as u64 + 1) * geometry.joint_attention_dim as u64 * 2;
+    let latent = side * side * geometry.in_channels as u64 * 4;
+    let cache_bytes = cache.captions_missing as u64 * text + cache.images_missing as u64 * latent;
+    let slab_bytes = if slab.state == SlabState::Missing { slab.bytes } else { 0 };
+    let mut disks: Vec<(u64, DiskPlan)> = Vec::new();
+    for (what, path, bytes) in [("slab", &slab.path, slab_bytes), ("cache", &cache.folder, cache_bytes)] {
+        let Some((device, folder, free)) = file_system_of(path).filter(|_| bytes > 0) else { continue };
+        match disks.iter_mut().find(|(d, _)| *d == device) {
+            Some((_, disk)) => {
+                disk.needed_bytes += bytes;
+                disk.what.push(what.to_string());
+            }
+            None => disks.push((device, DiskPlan { path: folder, what: vec![what.to_string()], needed_bytes: bytes, free_bytes: free })),
+        }
+        // The slab's size is exact; the cache's is an upper bound, which short captions stay far below.
+        if what == "slab" && bytes > free {
+            problems.push(
+                Error::try_again("the disk has no room for the slab")
+                    .at(path)
+                    .expected(format!("{} free", human_bytes(bytes)))
+                    .found(human_bytes(free))
+                    .advice("free some space, or put memory.stagehand.squareq_slab_path on another disk"),
+            );
+        }
+    }
+    for (_, disk) in &disks {
+        if disk.needed_bytes > disk.free_bytes {
+            let (needed, free) = (human_bytes(disk.needed_bytes), human_bytes(disk.free_bytes));
+            notices.push(format!(
+                "{} may need up to {needed} below {}, where {free} are free",
+                disk.what.join(" and "),
+                disk.path.display()
+            ));
+        }
+    }
+    disks.into_iter().map(|(_, disk)| disk).collect()
+}
+
+/// Device number, nearest existing folder and free bytes of the file system that `path` is or will be on.
+fn file_system_of(path: &Path) -> Option<(u64, PathBuf, u64)> {
+    use std::os::unix::fs::MetadataExt;
+    let absolute = std::path::absolute(path).ok()?;
+    let folder = absolute.ancestors().find(|p| p.is_dir())?;
+    let device = std::fs::metadata(folder).ok()?.dev();
+    Some((device, folder.to_path_buf(), free_bytes(folder)?))
+}
+
+/// Bytes that this user may still write below `folder`.
+pub(crate) fn free_bytes(folder: &Path) -> Option<u64> {
+    let fs = rustix::fs::statvfs(folder).ok()?;
+    Some(fs.f_bavail.saturating_mul(fs.f_frsize))
+}

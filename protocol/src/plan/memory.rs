@@ -1,0 +1,265 @@
+//! Predicted memory, by process.
+//!
+//! With r the adapters' parameters, p the bytes of the compute type, T = image + text tokens, D and M the inner and feed-forward
+//! widths, H the heads, B samples in a micro-batch and k micro-batches in a step:
+//!
+//! | part | bytes |
+//! |---|---|
+//! | adapters, gradients, two moments (f32) | 16 r |
+//! | weights outside the blocks | p · their parameters |
+//! | block weights | p · the two largest blocks (streaming) or p · all blocks (resident) |
+//! | block inputs kept for the backward pass | p · blocks · k · B · T · D |
+//! | activations of one block | B · T · (p · (9 D + 5 M) + 4 · H · T), projections and one matrix of attention weights |
+//!
+//! The last line is an estimate of the reference implementation, which holds the attention weights; the others are exact up to
+//! allocation granularity.
+
+use serde::Serialize;
+
+use super::{CacheSummary, free_bytes, human_bytes};
+use crate::cache::text_model::TextGeometry;
+use crate::config::{ComputeDtype, Config, DeviceKind, MemoryStrategy};
+use crate::error::{Error, Result};
+use crate::geometry::{BlockId, TransformerGeometry};
+use crate::model_path::ModelPaths;
+use crate::ring;
+use crate::ring::segment::RingSpec;
+
+/// Where the ring's segment lives.
+const SHM: &str = "/dev/shm";
+
+/// Predicted memory.
+#[derive(Debug, Serialize)]
+pub struct MemoryPlan {
+    /// The ring; `None` where nothing streams.
+    pub ring: Option<RingMemory>,
+    /// The trainer, part by part.
+    pub trainer: Vec<Amount>,
+    /// The encoder, part by part; empty if it has nothing to do.
+    pub encoder: Vec<Amount>,
+}
+
+/// A named amount of memory.
+#[derive(Debug, Serialize)]
+pub struct Amount {
+    /// What it holds.
+    pub what: &'static str,
+    /// Bytes.
+    pub bytes: u64,
+}
+
+/// The ring.
+#[derive(Debug, Serialize)]
+pub struct RingMemory {
+    /// Bytes of the segment.
+    pub bytes: u64,
+    /// Slots.
+    pub slots: u64,
+    /// Bytes of a slot.
+    pub chunk_bytes: u64,
+    /// Bytes that /dev/shm has room for, what an earlier run of the same output folder left there included.
+    pub free_bytes: u64,
+}
+
+/// Sum of `amounts`.
+#[must_use]
+pub fn total(amounts: &[Amount]) -> u64 {
+    amounts.iter().map(|a| a.bytes).sum()
+}
+
+/// Parameters of one block, norms included.
+fn parameters_of(geometry: &TransformerGeometry, block: BlockId) -> u64 {
+    let linears: u64 = geometry.block_linears(block).iter().map(|l| l.out_features as u64 * l.in_features as u64).sum();
+    linears + (geometry.block_norms(block).len() * geometry.attention_head_dim) as u64
+}
+
+/// Parameters of all blocks.
+#[must_use]
+pub fn block_parameters(geometry: &TransformerGeometry) -> u64 {
+    geometry.blocks().map(|b| parameters_of(geometry, b)).sum()
+}
+
+/// Parameters of the largest block.
+#[must_use]
+pub fn largest_block_parameters(geometry: &TransformerGeometry) -> u64 {
+    geometry.blocks().map(|b| parameters_of(geometry, b)).max().unwrap_or(0)
+}
+
+/// Parameters outside the slab's linears: the linears outside the blocks, and all norms.
+#[must_use]
+pub fn other_parameters(geometry: &TransformerGeometry) -> u64 {
+    let linears: u64 = geometry.other_linears().iter().map(|l| l.out_features as u64 * l.in_features as u64).sum();
+    let norms: usize = geometry.blocks().map(|b| geometry.block_norms(b).len() * geometry.attention_head_dim).sum();
+    linears + norms as u64
+}
+
+/// Bytes of the compute type.
+fn dtype_bytes(config: &Config) -> u64 {
+    match config.dtype {
+        ComputeDtype::F32 => 4,
+        ComputeDtype::Bf16 => 2,
+    }
+}
+
+pub(super) fn predict(
+    config: &Config,
+    geometry: &TransformerGeometry,
+    paths: &ModelPaths,
+    adapter_parameters: u64,
+    cache: &CacheSummary,
+    notices: &mut Vec<String>,
+    problems: &mut Vec<Error>,
+) -> Result<MemoryPlan> {
+    let ring = (config.memory.strategy == MemoryStrategy::Stagehand).then(|| ring_memory(config, geometry));
+    let trainer = trainer(config, geometry, adapter_parameters);
+    let encoder = match &paths.text_encoder {
+        Some(path) if !cache.is_complete() => encoder(config, &TextGeometry::read(path)?, cache),
+        _ => Vec::new(),
+    };
+    check(config, ring.as_ref(), total(&trainer), notices, problems);
+    Ok(MemoryPlan { ring, trainer, encoder })
+}
+
+fn ring_memory(config: &Config, geometry: &TransformerGeometry) -> RingMemory {
+    let s = &config.memory.stagehand;
+    let slots = s.pool_bytes / s.chunk_bytes;
+    let spec = RingSpec {
+        name: ring::name(config),
+        slots: slots as usize,
+        chunk_bytes: s.chunk_bytes,
+        signature: 0,
+        form: s.form,
+        blocks: geometry.num_blocks(),
+    };
+    let left_over = std::fs::metadata(spec.path()).map_or(0, |m| m.len());
+    let free = free_bytes(SHM.as_ref()).unwrap_or(0).saturating_add(left_over);
+    RingMemory { bytes: spec.bytes(), slots, chunk_bytes: s.chunk_bytes, free_bytes: free }
+}
+
+fn trainer(config: &Config, geometry: &TransformerGeometry, adapter_parameters: u64) -> Vec<Amount> {
+    let p = dtype_bytes(config);
+    let side = u64::from(config.resolution / 16);
+    let tokens = side * side + config.model.max_sequence_length as u64;
+    let (d, m, heads) = (geometry.inner_dim() as u64, geometry.mlp_dim() as u64, geometry.num_attention_heads as u64);
+    let batch = config.batch_size as u64;
+    let held = match config.memory.strategy {
+        MemoryStrategy::Stagehand => (2 * largest_block_parameters(geometry)).min(block_parameters(geometry)),
+        MemoryStrategy::Resident => block_parameters(geometry),
+    };
+    let inputs = geometry.num_blocks() as u64 * config.gradient_accumulation_steps as u64 * batch * tokens * d;
+    vec![
+        Amount { what: "adapters, gradients and moments", bytes: 16 * adapter_parameters },
+        Amount { what: "weights outside the blocks", bytes: p * other_parameters(geometry) },
+        Amount { what: "block weights", bytes: p * held },
+        Amount { what: "block inputs kept", bytes: p * inputs },
+        Amount { what: "activations of one block", bytes: batch * tokens * (p * (9 * d + 5 * m) + 4 * heads * tokens) },
+    ]
+}
+
+/// Two layers of the text encoder, and the hidden states of all missing captions with the three that make the embedding; full length is
+/// assumed for every caption, which is an upper bound.
+fn encoder(config: &Config, text: &TextGeometry, cache: &CacheSummary) -> Vec<Amount> {
+    let p = dtype_bytes(config);
+    let (hidden, attention) = (text.hidden as u64, ((text.heads + text.kv_heads) * text.head_dim) as u64);
+    let layer = 2 * hidden * attention + 3 * hidden * text.intermediate as u64 + 2 * hidden;
+    let states = cache.captions_missing as u64 * config.model.max_sequence_length as u64 * hidden * 4;
+    vec![Amount { what: "two layers", bytes: 2 * p * layer }, Amount { what: "hidden states, at most", bytes: p * states }]
+}
+
+/// Whether it fits. A ring that /dev/shm cannot hold is certain to fail; the rest is a prediction, and so a notice.
+fn check(config: &Config, ring: Option<&RingMemory>, trainer: u64, notices: &mut Vec<String>, problems: &mut Vec<Error>) {
+    let ring_bytes = ring.map_or(0, |r| r.bytes);
+    if let Some(ring) = ring.filter(|r| r.bytes > r.free_bytes) {
+        problems.push(
+            Error::try_again("/dev/shm has no room for the ring")
+                .at(SHM)
+                .expected(format!("{} free", human_bytes(ring.bytes)))
+                .found(human_bytes(ring.free_bytes))
+                .advice("lower memory.stagehand.pinned_pool_mb, or enlarge /dev/shm (in a container: --shm-size)"),
+        );
+    }
+    let on_host = match config.device {
+        DeviceKind::Cpu => ring_bytes.saturating_add(trainer),
+        DeviceKind::Cuda(_) => ring_bytes,
+    };
+    if let Some(available) = available_memory().filter(|available| *available < on_host) {
+        notices.push(format!("the run needs about {} of memory, of which {} are available", human_bytes(on_host), human_bytes(available)));
+    }
+    let cap = config.memory.stagehand.vram_high_bytes;
+    if matches!(config.device, DeviceKind::Cuda(_)) && config.memory.strategy == MemoryStrategy::Stagehand && trainer > cap {
+        notices.push(format!(
+            "the trainer is predicted to need {}, above vram_high_watermark_mb ({})",
+            human_bytes(trainer),
+            human_bytes(cap)
+        ));
+    }
+}
+
+/// `MemAvailable` of /proc/meminfo.
+fn available_memory() -> Option<u64> {
+    let text = std::fs::read_to_string("/proc/meminfo").ok()?;
+    let line = text.lines().find_map(|l| l.strip_prefix("MemAvailable:"))?;
+    line.split_whitespace().next()?.parse::<u64>().ok().map(|kib| kib * 1024)
+}
+
+#[cfg(test)]
+mod tests {
+    #![allow(clippy::unwrap_used, clippy::expect_used)]
+    use super::*;
+    use crate::config::Overrides;
+
+    /// FLUX.2 [dev] (spec/flux2.md 1.1).
+    fn dev() -> TransformerGeometry {
+        serde_json::from_str(
+            r#"{"in_channels": 128, "num_layers": 8, "num_single_layers": 48, "attention_head_dim": 128, "num_attention_heads": 48,
+                "joint_attention_dim": 15360, "axes_dims_rope": [32, 32, 32, 32]}"#,
+        )
+        .unwrap()
+    }
+
+    fn config(extra: &str) -> Config {
+        let text = format!(r#"{{"model": {{"path": "m"}}, "data": {{"concepts": ["d"]}}, "resolution": 512{extra}}}"#);
+        Config::from_json(&text, "c.json".as_ref(), &Overrides::default()).unwrap()
+    }
+
+    #[test]
+    fn parameter_counts_are_those_of_the_reference() {
+        let g = dev();
+        assert_eq!(largest_block_parameters(&g), 981_467_648);
+        assert_eq!(block_parameters(&g), 8 * 981_467_648 + 48 * 490_733_824);
+        let norms = 8 * 512 + 48 * 256;
+        assert_eq!(other_parameters(&g), 816_316_416 + norms);
+    }
+
+    #[test]
+    fn accumulation_costs_block_inputs_and_nothing_else() {
+        let g = dev();
+        let one = trainer(&config(r#", "memory": {"strategy": "stagehand"}"#), &g, 1000);
+        let four = trainer(&config(r#", "memory": {"strategy": "stagehand"}, "gradient_accumulation_steps": 4"#), &g, 1000);
+        for (a, b) in one.iter().zip(&four) {
+            let factor = if a.what == "block inputs kept" { 4 } else { 1 };
+            assert_eq!(a.bytes * factor, b.bytes, "{}", a.what);
+        }
+        // 56 blocks, 1024 + 512 tokens, D = 6144, bf16.
+        assert_eq!(one.iter().find(|a| a.what == "block inputs kept").unwrap().bytes, 56 * 1536 * 6144 * 2);
+        assert_eq!(one.iter().find(|a| a.what.starts_with("adapters")).unwrap().bytes, 16_000);
+    }
+
+    #[test]
+    fn resident_holds_every_block_and_float32_doubles_it() {
+        let g = dev();
+        let weights = |c: &Config| trainer(c, &g, 0).iter().find(|a| a.what == "block weights").unwrap().bytes;
+        let streaming = weights(&config(r#", "memory": {"strategy": "stagehand"}"#));
+        let resident = weights(&config(r#", "memory": {"strategy": "resident"}"#));
+        assert_eq!((streaming, resident), (2 * 2 * 981_467_648, 2 * block_parameters(&g)));
+        assert_eq!(weights(&config(r#", "train_dtype": "float32""#)), 2 * resident);
+    }
+
+    #[test]
+    fn a_ring_larger_than_shared_memory_is_a_problem() {
+        let (mut notices, mut problems) = (Vec::new(), Vec::new());
+        let ring = RingMemory { bytes: 1 << 40, slots: 2, chunk_bytes: 1 << 39, free_bytes: 1 << 30 };
+        check(&config(""), Some(&ring), 0, &mut notices, &mut problems);
+        assert!(matches!(problems.as_slice(), [e] if e.exit_code() == 75 && e.to_string().contains("pinned_pool_mb")));
+    }
+}
