@@ -306,6 +306,18 @@ impl HostBatch {
         }
     }
 
+    /// Image tokens of a row.
+    #[must_use]
+    pub fn image_tokens(&self) -> usize {
+        self.height * self.width
+    }
+
+    /// Text tokens of a row, padding included.
+    #[must_use]
+    pub fn text_tokens(&self) -> usize {
+        self.text_tokens
+    }
+
     /// Image and text tokens of all rows together.
     #[must_use]
     pub fn tokens(&self) -> usize {

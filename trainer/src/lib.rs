@@ -4,12 +4,14 @@
 //! block (`model`) → clipping and AdamW on the float32 adapters (`optimizer`, `schedule`) → log, telemetry, checkpoint (`log`,
 //! `telemetry`, `checkpoint`). `run` ties them together.
 
+pub mod bench;
 pub mod checkpoint;
 pub mod data;
 pub mod log;
 pub mod lora_file;
 pub mod memory;
 pub mod model;
+pub mod open;
 pub mod optimizer;
 pub mod payload;
 pub mod parity;

@@ -1,1 +1,149 @@
-fn main() {}
+//! `serenity-trainer`: trains a LoRA from the ring, or measures, or computes one step for comparison with a reference.
+#![forbid(unsafe_code)]
+
+use std::path::PathBuf;
+use std::process::ExitCode;
+
+use clap::{Args, Parser, Subcommand, ValueEnum};
+use serenity_protocol::config::{Config, OverrideArgs};
+use serenity_protocol::message::Role;
+use serenity_protocol::process::{self, Process};
+use serenity_protocol::{Error, Result};
+use serenity_trainer::{bench, open, parity, run};
+
+/// Exit code of a wrong command line.
+const USAGE: u8 = 64;
+
+/// Trains a LoRA on a frozen FLUX.2 transformer that streams through memory block by block
+#[derive(Parser)]
+#[command(version, args_conflicts_with_subcommands = true)]
+struct Cli {
+    #[command(subcommand)]
+    command: Option<Command>,
+    #[command(flatten)]
+    run: RunArgs,
+    /// Write a Chrome/Perfetto trace of this process
+    #[arg(long, global = true, value_name = "FILE")]
+    trace: Option<PathBuf>,
+}
+
+#[derive(Args)]
+struct RunArgs {
+    /// Configuration of the run
+    #[arg(long, value_name = "FILE")]
+    config: Option<PathBuf>,
+    #[command(flatten)]
+    overrides: OverrideArgs,
+}
+
+#[derive(Subcommand)]
+enum Command {
+    /// Measure steps against the limits of this machine; writes no files
+    Bench(BenchArgs),
+    /// Compute once in float32, with the tensor names of the reference files
+    Parity(ParityArgs),
+}
+
+#[derive(Args)]
+struct BenchArgs {
+    /// Configuration of the run
+    #[arg(long, value_name = "FILE")]
+    config: PathBuf,
+    /// Change one key of the configuration (repeatable)
+    #[arg(long, value_name = "KEY=VALUE")]
+    set: Vec<String>,
+    /// Random weights and samples: needs no slab, no loader and no cache
+    #[arg(long)]
+    synthetic: bool,
+    /// A transformer's config.json; the random model then has its geometry, and the configured model need not be there
+    #[arg(long, value_name = "FILE")]
+    geometry: Option<PathBuf>,
+    /// Steps to time, after one that warms up
+    #[arg(long, default_value_t = 5, value_name = "N")]
+    steps: u64,
+    /// One JSON object on standard output
+    #[arg(long)]
+    json: bool,
+}
+
+#[derive(Args)]
+struct ParityArgs {
+    /// What to compute
+    kind: ParityKind,
+    /// Model folder, or a single transformer file in either naming
+    #[arg(long)]
+    model: PathBuf,
+    /// Input tensors (.safetensors)
+    #[arg(long = "case")]
+    case_file: PathBuf,
+    /// Output tensors (.safetensors)
+    #[arg(long)]
+    out: PathBuf,
+    /// Rows and columns of the latent grid, for a lora-step case that does not say, e.g. 4x6
+    #[arg(long, value_name = "HxW", value_parser = parse_grid)]
+    grid: Option<(usize, usize)>,
+}
+
+#[derive(Clone, Copy, ValueEnum)]
+enum ParityKind {
+    /// One forward pass with the output of every block
+    Forward,
+    /// Loss and gradients of one sample, and three AdamW updates
+    LoraStep,
+}
+
+fn parse_grid(text: &str) -> Result<(usize, usize), String> {
+    let sides = text.split_once('x').and_then(|(h, w)| Some((h.parse().ok()?, w.parse().ok()?)));
+    sides.filter(|(h, w)| *h > 0 && *w > 0).ok_or_else(|| format!("'{text}' is not of the form HxW, e.g. 4x6"))
+}
+
+fn main() -> ExitCode {
+    let cli = match Cli::try_parse() {
+        Ok(cli) => cli,
+        Err(e) => {
+            // Also how --help and --version end; nothing can be done if printing fails.
+            let _ = e.print();
+            return if e.use_stderr() { ExitCode::from(USAGE) } else { ExitCode::SUCCESS };
+        }
+    };
+    process::main(Role::Trainer, cli.trace.as_deref(), |process| match &cli.command {
+        None => train(&cli.run, process),
+        Some(Command::Bench(args)) => run_bench(args, process),
+        Some(Command::Parity(args)) => run_parity(args),
+    })
+}
+
+fn train(args: &RunArgs, process: &Process) -> Result<()> {
+    let path = args.config.as_deref().ok_or_else(|| {
+        Error::config("no configuration was given").advice("serenity-trainer --config FILE, or one of the subcommands (see --help)")
+    })?;
+    let config = Config::load(path, &args.overrides.clone().into())?;
+    run::train(process, open::parts(process, config)?).map(drop)
+}
+
+fn run_bench(args: &BenchArgs, process: &Process) -> Result<()> {
+    let overrides = OverrideArgs { set: args.set.clone(), ..OverrideArgs::default() };
+    let config = Config::load(&args.config, &overrides.into())?;
+    let options = bench::Options { synthetic: args.synthetic, geometry: args.geometry.as_deref(), steps: args.steps };
+    let report = bench::run(process, config, &options)?;
+    if args.json {
+        println!("{}", serde_json::to_string(&report).map_err(|e| Error::invariant("the report cannot be written as JSON").cause(e))?);
+    } else {
+        println!("{report}");
+    }
+    Ok(())
+}
+
+fn run_parity(args: &ParityArgs) -> Result<()> {
+    let kind = match args.kind {
+        ParityKind::Forward => parity::Kind::Forward,
+        ParityKind::LoraStep => parity::Kind::LoraStep,
+    };
+    parity::run(&parity::Request {
+        kind,
+        model: args.model.clone(),
+        case: args.case_file.clone(),
+        out: args.out.clone(),
+        grid: args.grid,
+    })
+}

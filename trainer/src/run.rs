@@ -396,6 +396,7 @@ impl<'p> Run<'p> {
 
     fn finish(mut self) -> Result<Outputs> {
         self.save()?;
+        self.parts.source.finish();
         let extra = BTreeMap::from([
             ("serenity_model".to_string(), self.parts.inputs.model.clone()),
             ("serenity_base_weights".to_string(), self.parts.inputs.weights.clone()),

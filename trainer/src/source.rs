@@ -9,6 +9,7 @@ use serenity_protocol::process::Process;
 use serenity_protocol::{Error, Result};
 
 use crate::model::{BlockSource, BlockWeights};
+use crate::ring_source::RingSource;
 
 /// What a source has done since it was opened. Times are host wall time.
 #[derive(Debug, Clone, Copy, Default, PartialEq)]
@@ -37,6 +38,31 @@ pub struct Counters {
 pub trait TrainingSource: BlockSource {
     /// Totals since the source was opened; `slots_*` are of now.
     fn counters(&self) -> Counters;
+
+    /// Says that the run is over: no more blocks will be asked for.
+    fn finish(&mut self) {}
+}
+
+impl TrainingSource for RingSource {
+    fn counters(&self) -> Counters {
+        let stats = self.stats();
+        Counters {
+            moved_bytes: stats.bytes,
+            copy_seconds: stats.copy_seconds,
+            wait_seconds: stats.stall_seconds,
+            waits: stats.misses,
+            hits: stats.hits,
+            misses: stats.misses,
+            // Blocks leave as soon as their visit is over: none is ever dropped to make room.
+            evictions: 0,
+            slots_free: u64::from(stats.slots_free),
+            slots_in_use: u64::from(stats.slots_in_use),
+        }
+    }
+
+    fn finish(&mut self) {
+        RingSource::finish(self);
+    }
 }
 
 /// The announced visits, checked against the visits made.
