@@ -187,7 +187,8 @@ fn vae(config: &Config, paths: &ModelPaths, samples: &[Sample], device: &Device,
 /// Reads up to [`READ_SAMPLE_BYTES`] of the component's weight files: bytes per second, and bytes of a stored parameter.
 fn read_rate(folder: &std::path::Path) -> Result<(f64, u64)> {
     let checkpoint = serenity_protocol::checkpoint::Checkpoint::open(folder)?;
-    let norm = checkpoint.names().find(|n| n.ends_with("input_layernorm.weight")).map(str::to_string).ok_or_else(|| missing("text encoder"))?;
+    let norm =
+        checkpoint.names().find(|n| n.ends_with("input_layernorm.weight")).map(str::to_string).ok_or_else(|| missing("text encoder"))?;
     let norm = checkpoint.tensor(&norm)?;
     let stored = (norm.bytes().len() / norm.shape.iter().product::<usize>().max(1)) as u64;
     let (mut buffer, mut bytes, started) = (vec![0; 8 << 20], 0u64, Instant::now());
@@ -235,10 +236,22 @@ impl Report {
         let (t, v) = (&self.text, &self.vae);
         println!("device       {}", self.device);
         println!("text         {} captions, {} tokens, {} layers in {:.3} s ({})", t.captions, t.tokens, t.layers, t.seconds, t.dtype);
-        println!("  phases     compute {:.3} s, waiting for layers {:.3} s (read {:.3} s in the background)", t.compute_seconds, t.wait_seconds, t.read_seconds);
-        println!("  floors     read {:.3} s at {:.2} GB/s, compute {:.3} s at {:.1} GFLOP/s", t.read_floor_seconds, t.read_rate / 1e9, t.compute_floor_seconds, t.product_rate / 1e9);
+        println!(
+            "  phases     compute {:.3} s, waiting for layers {:.3} s (read {:.3} s in the background)",
+            t.compute_seconds, t.wait_seconds, t.read_seconds
+        );
+        println!(
+            "  floors     read {:.3} s at {:.2} GB/s, compute {:.3} s at {:.1} GFLOP/s",
+            t.read_floor_seconds,
+            t.read_rate / 1e9,
+            t.compute_floor_seconds,
+            t.product_rate / 1e9
+        );
         println!("  ratio      {:.2}", t.ratio);
-        println!("VAE          {} images of {} px in {:.3} s, {:.2} images/s (files {:.3} s)", v.images, v.resolution, v.seconds, v.images_per_second, v.prepare_seconds);
+        println!(
+            "VAE          {} images of {} px in {:.3} s, {:.2} images/s (files {:.3} s)",
+            v.images, v.resolution, v.seconds, v.images_per_second, v.prepare_seconds
+        );
         println!("  floor      compute {:.3} s at {:.1} GFLOP/s", v.compute_floor_seconds, v.product_rate / 1e9);
         println!("  ratio      {:.2}", v.ratio);
     }

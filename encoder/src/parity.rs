@@ -85,8 +85,7 @@ pub fn text(model: &Path, case: &Path, out: &Path) -> Result<()> {
     let tokenizer = Tokenizer::open(part(paths.tokenizer.as_deref(), "tokenizer", model)?)?;
     let encoder = TextEncoder::open(part(paths.text_encoder.as_deref(), "text encoder", model)?, Device::Cpu, DType::F32)?;
     let captions = c.prompts.iter().map(|p| tokenizer.encode(p, c.max_length)).collect::<Result<Vec<_>>>()?;
-    let encoded =
-        encoder.encode(&captions, tokenizer.pad_id(), c.hidden_state_indices, c.max_length, DType::F32, &mut |_, _| Ok(()))?;
+    let encoded = encoder.encode(&captions, tokenizer.pad_id(), c.hidden_state_indices, c.max_length, DType::F32, &mut |_, _| Ok(()))?;
     let (mut ids, mut mask, mut embeds) = (Vec::new(), Vec::new(), Vec::new());
     for (tokens, embedding) in captions.iter().zip(&encoded.captions) {
         let pads = c.max_length.saturating_sub(tokens.ids.len());
@@ -111,7 +110,10 @@ pub fn vae(model: &Path, case: &Path, out: &Path) -> Result<()> {
     let shape = match (image.dtype, image.shape.as_slice()) {
         (Dtype::U8, &[b, 3, h, w]) if b > 0 => (b, 3, h, w),
         (dtype, shape) => {
-            return Err(Error::data("image_u8_nchw is no batch of images").at(case).expected("U8 [B, 3, H, W]").found(format!("{dtype:?} {shape:?}")));
+            return Err(Error::data("image_u8_nchw is no batch of images")
+                .at(case)
+                .expected("U8 [B, 3, H, W]")
+                .found(format!("{dtype:?} {shape:?}")));
         }
     };
     let paths = model_path::resolve_path(&model.to_string_lossy())?;

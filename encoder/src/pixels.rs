@@ -124,17 +124,77 @@ mod tests {
         assert_eq!([0, 1, 2, 3, 4, 5, 7].map(|over| crop_start(16 + over, 16)), [0, 0, 1, 2, 2, 2, 4]);
     }
 
-    #[test]
-    fn pixels_are_what_pillow_and_torchvision_make() {
-        // tests/reference-pixels.py: Image.open, exif_transpose, convert("RGB"), resize((w, h), BILINEAR), crop.
-        let mut image = image::RgbImage::new(37, 23);
-        for (x, y, p) in image.enumerate_pixels_mut() {
-            *p = image::Rgb([(x * 7 + y * 3) as u8, (x * x + y) as u8, (x * y * 5) as u8]);
-        }
+    /// The image of `tests/fixtures/pillow.py`.
+    fn synthetic(width: u32, height: u32) -> image::RgbImage {
+        image::RgbImage::from_fn(width, height, |x, y| image::Rgb([(x * 7 + y * 3) as u8, (x * x + y) as u8, (x * y * 5) as u8]))
+    }
+
+    fn png(image: &DynamicImage, orientation: u8) -> Vec<u8> {
+        use image::ImageEncoder;
         let mut bytes = Vec::new();
-        image.write_to(&mut Cursor::new(&mut bytes), image::ImageFormat::Png).unwrap();
-        let pixels = Pixels::prepare(&bytes, Path::new("a.png"), 16).unwrap();
-        assert_eq!((pixels.width, pixels.height, pixels.rgb.len()), (16, 16, 768));
+        let mut encoder = image::codecs::png::PngEncoder::new(&mut bytes);
+        // A little-endian TIFF with one entry: tag 0x0112, type SHORT, count 1.
+        let exif = [b"II*\0\x08\0\0\0\x01\0\x12\x01\x03\0\x01\0\0\0".as_slice(), &[orientation, 0, 0, 0], &[0; 4]].concat();
+        encoder.set_exif_metadata(exif).unwrap();
+        image.write_with_encoder(encoder).unwrap();
+        bytes
+    }
+
+    #[test]
+    fn pixels_are_pillows_and_sizes_torchvisions() {
+        let cases: [(u32, u32, u32, &[u8]); 2] = [
+            (37, 23, 16, include_bytes!("../tests/fixtures/pillow-37x23-to-16.rgb")),
+            (20, 24, 32, include_bytes!("../tests/fixtures/pillow-20x24-to-32.rgb")),
+        ];
+        for (width, height, side, expected) in cases {
+            let bytes = png(&synthetic(width, height).into(), 1);
+            let pixels = Pixels::prepare(&bytes, Path::new("a.png"), side).unwrap();
+            assert_eq!((pixels.width, pixels.height), (side as usize, side as usize));
+            assert_eq!(pixels.rgb.len(), expected.len());
+            // Both round to 8 bits between the two passes, with coefficients of different precision: one level of 255, now and then.
+            let off = pixels.rgb.iter().zip(expected).map(|(a, b)| a.abs_diff(*b));
+            let count = off.clone().filter(|d| *d > 0).count();
+            assert!(off.clone().all(|d| d <= 1) && count < expected.len() / 10, "{width} x {height}: {count}");
+        }
+    }
+
+    #[test]
+    fn orientation_is_applied_and_alpha_dropped() {
+        let upright = synthetic(16, 16);
+        let stored = |orientation: u8| -> image::RgbImage {
+            use image::imageops as ops;
+            // What a camera stores so that the viewer's correction gives `upright` back (EXIF 2.3, 4.6.4).
+            match orientation {
+                2 => ops::flip_horizontal(&upright),
+                3 => ops::rotate180(&upright),
+                4 => ops::flip_vertical(&upright),
+                5 => ops::flip_horizontal(&ops::rotate90(&upright)),
+                6 => ops::rotate270(&upright),
+                7 => ops::flip_horizontal(&ops::rotate270(&upright)),
+                8 => ops::rotate90(&upright),
+                _ => upright.clone(),
+            }
+        };
+        for orientation in 1..=8 {
+            let pixels = Pixels::prepare(&png(&stored(orientation).into(), orientation), Path::new("a.png"), 16).unwrap();
+            assert_eq!(&pixels.rgb, upright.as_raw(), "orientation {orientation}");
+        }
+        let veiled = image::RgbaImage::from_fn(16, 16, |x, y| {
+            let image::Rgb([r, g, b]) = *upright.get_pixel(x, y);
+            image::Rgba([r, g, b, (x * 16) as u8])
+        });
+        let pixels = Pixels::prepare(&png(&veiled.into(), 1), Path::new("a.png"), 16).unwrap();
+        assert_eq!(&pixels.rgb, upright.as_raw(), "an alpha channel is dropped, not blended");
+    }
+
+    #[test]
+    fn every_format_is_read_whatever_its_name() {
+        let image = DynamicImage::from(synthetic(64, 48));
+        for format in [image::ImageFormat::Jpeg, image::ImageFormat::Png, image::ImageFormat::WebP] {
+            let mut bytes = Vec::new();
+            image.write_to(&mut Cursor::new(&mut bytes), format).unwrap();
+            assert_eq!(Pixels::prepare(&bytes, Path::new("no.ending"), 48).unwrap().rgb.len(), 48 * 48 * 3, "{format:?}");
+        }
     }
 
     #[test]

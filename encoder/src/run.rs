@@ -143,7 +143,11 @@ impl Job<'_> {
         let passes = passes(tokens.iter().map(|t| t.ids.len() * per_token), hidden_bytes_max);
         let notes = |caption: &str| {
             let start: String = caption.chars().take(CAPTION_NOTE_CHARS).collect();
-            [("caption", start), ("computed_in", format!("{dtype:?}").to_lowercase()), ("hidden_states", format!("{:?}", plan.hidden_states))]
+            [
+                ("caption", start),
+                ("computed_in", format!("{dtype:?}").to_lowercase()),
+                ("hidden_states", format!("{:?}", plan.hidden_states)),
+            ]
         };
         let depth = plan.hidden_states.into_iter().max().unwrap_or(0);
         let mut meter = Meter::new(self.process, "caption layers", (items.len() * depth) as u64);
@@ -234,7 +238,11 @@ fn read_image(item: &LatentItem, resolution: u32) -> Result<Pixels> {
 type Prepared<'a> = (&'a LatentItem, Result<Pixels>);
 
 /// Up to `batch` readable images; `None` at the end. Images that cannot be decoded are collected, other errors end the run.
-fn next_group<'a>(receiver: &Receiver<Prepared<'a>>, batch: usize, unreadable: &mut Vec<Error>) -> Result<Option<Vec<(&'a LatentItem, Pixels)>>> {
+fn next_group<'a>(
+    receiver: &Receiver<Prepared<'a>>,
+    batch: usize,
+    unreadable: &mut Vec<Error>,
+) -> Result<Option<Vec<(&'a LatentItem, Pixels)>>> {
     let mut group = Vec::new();
     while group.len() < batch {
         match receiver.recv() {

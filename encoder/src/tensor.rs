@@ -30,7 +30,7 @@ pub fn device(kind: DeviceKind) -> Result<Device> {
         DeviceKind::Cuda(ordinal) => Device::new_cuda(ordinal).map_err(|e| {
             Error::absent(format!("the CUDA device {ordinal} cannot be used"))
                 .cause(e)
-                .advice("set \"device\": \"cpu\", or build with the cuda feature on a machine with an NVIDIA driver")
+                .advice("set \"train_device\": \"cpu\", or build with the cuda feature on a machine with an NVIDIA driver")
         }),
     }
 }

@@ -60,7 +60,8 @@ impl Tokenizer {
     /// [`Error::Absent`] for missing files; [`Error::Data`] if they are malformed, pad on the right, or know no pad token.
     pub fn open(folder: &Path) -> Result<Self> {
         let config_file = folder.join("tokenizer_config.json");
-        let text = std::fs::read_to_string(&config_file).map_err(|e| Error::io("cannot read the tokenizer's configuration", &config_file, e))?;
+        let text =
+            std::fs::read_to_string(&config_file).map_err(|e| Error::io("cannot read the tokenizer's configuration", &config_file, e))?;
         let config: TokenizerConfig =
             serde_json::from_str(&text).map_err(|e| Error::data("the tokenizer's configuration is malformed").at(&config_file).cause(e))?;
         if config.padding_side.as_deref() != Some("left") {

@@ -165,7 +165,8 @@ impl TextEncoder {
                 let _span = tracing::trace_span!("encode layer", layer, captions = captions.len()).entered();
                 for traveller in &mut travellers {
                     let at = traveller.tokens.and_then(|n| positions.get(&n));
-                    traveller.state = forward(&self.geometry, &weights, &traveller.state, at).map_err(failed("a layer of the text encoder"))?;
+                    traveller.state =
+                        forward(&self.geometry, &weights, &traveller.state, at).map_err(failed("a layer of the text encoder"))?;
                     traveller.keep(layer + 1, states, keep).map_err(failed("keeping a hidden state"))?;
                     if let Some(n) = traveller.tokens {
                         done += 1;

@@ -42,8 +42,13 @@ impl TextWeights {
                 .cause("its query and key rows are laid out for another form of rotary embedding")
                 .advice("use the Hugging Face files (model-*.safetensors with model.safetensors.index.json)"));
         }
-        if let Some(scale) = checkpoint.names().find(|n| n.ends_with(".weight_scale") || n.ends_with(".scale_weight") || n.ends_with(".weight_scale_inv")) {
-            return Err(Error::data("the text encoder is quantised").at(checkpoint.root()).found(format!("tensor '{scale}'")).advice("use the bf16 weights"));
+        if let Some(scale) =
+            checkpoint.names().find(|n| n.ends_with(".weight_scale") || n.ends_with(".scale_weight") || n.ends_with(".weight_scale_inv"))
+        {
+            return Err(Error::data("the text encoder is quantised")
+                .at(checkpoint.root())
+                .found(format!("tensor '{scale}'"))
+                .advice("use the bf16 weights"));
         }
         let prefix = PREFIXES.into_iter().find(|p| checkpoint.contains(&format!("{p}layers.0.input_layernorm.weight")));
         let prefix = prefix.ok_or_else(|| {
@@ -60,7 +65,9 @@ impl TextWeights {
         let _span = tracing::trace_span!("read", layer = index).entered();
         let g = &self.geometry;
         let (d, queries, keys, m) = (g.hidden, g.heads * g.head_dim, g.kv_heads * g.head_dim, g.intermediate);
-        let get = |name: &str, shape: &[usize]| load(&self.checkpoint, &format!("{}layers.{index}.{name}.weight", self.prefix), shape, device, dtype);
+        let get = |name: &str, shape: &[usize]| {
+            load(&self.checkpoint, &format!("{}layers.{index}.{name}.weight", self.prefix), shape, device, dtype)
+        };
         Ok(LayerWeights {
             query: get("self_attn.q_proj", &[queries, d])?,
             key: get("self_attn.k_proj", &[keys, d])?,

@@ -8,8 +8,8 @@ use serenity_protocol::{Error, Result};
 
 use super::names::VaeWeights;
 
-/// Most levels accepted.
-const LEVELS_MAX: usize = 8;
+/// Levels of each half: three of them halve the size, which makes the downsampling by 8 that tokens of 16 pixels rest on.
+const LEVELS: usize = 4;
 
 /// Geometry of the VAE (`spec/flux2.md` 3).
 #[derive(Debug, Clone, PartialEq, Deserialize)]
@@ -93,7 +93,7 @@ impl VaeGeometry {
     fn infer(weights: &VaeWeights) -> Result<Self> {
         let levels = |half: &str| -> Vec<usize> {
             let width = |i: usize| weights.shape(&format!("{half}.{i}.resnets.0.conv2.weight")).and_then(|s| s.first().copied());
-            (0..LEVELS_MAX).map_while(width).collect()
+            (0..LEVELS).map_while(width).collect()
         };
         let encoder = levels("encoder.down_blocks");
         let mut decoder = levels("decoder.up_blocks");
@@ -134,9 +134,9 @@ impl VaeGeometry {
         }
         let groups = self.norm_num_groups;
         for channels in [&self.block_out_channels, self.decoder_channels()] {
-            if channels.len() != 4 || groups == 0 || channels.iter().any(|c| *c == 0 || !c.is_multiple_of(groups) || *c > 1 << 14) {
+            if channels.len() != LEVELS || groups == 0 || channels.iter().any(|c| *c == 0 || !c.is_multiple_of(groups) || *c > 1 << 14) {
                 return Err(Error::data("the VAE's channels do not fit its norms or its downsampling by 8")
-                    .expected(format!("4 levels, each a multiple of norm_num_groups {groups}"))
+                    .expected(format!("{LEVELS} levels, each a multiple of norm_num_groups {groups}"))
                     .found(format!("{channels:?}")));
             }
         }
@@ -164,7 +164,9 @@ impl VaeGeometry {
     /// Operations (multiply and add counted apart) of the encoder's convolutions and attention for one square image.
     #[must_use]
     pub fn encoder_flops(&self, side: usize) -> f64 {
-        let conv = |input: usize, output: usize, kernel: usize, side: usize| 2.0 * (input * output * kernel * kernel) as f64 * (side * side) as f64;
+        let conv = |input: usize, output: usize, kernel: usize, side: usize| {
+            2.0 * (input * output * kernel * kernel) as f64 * (side * side) as f64
+        };
         let resnet = |input, output, side| conv(input, output, 3, side) + conv(output, output, 3, side);
         let (mut side, mut input) = (side, self.block_out_channels.first().copied().unwrap_or_default());
         let mut sum = conv(3, input, 3, side);
@@ -178,7 +180,8 @@ impl VaeGeometry {
             input = output;
         }
         let tokens = (side * side) as f64;
-        let attention = if self.mid_block_add_attention { 4.0 * conv(input, input, 1, side) + 4.0 * tokens * tokens * input as f64 } else { 0.0 };
+        let attention =
+            if self.mid_block_add_attention { 4.0 * conv(input, input, 1, side) + 4.0 * tokens * tokens * input as f64 } else { 0.0 };
         sum + 2.0 * resnet(input, input, side) + attention + conv(input, 2 * self.latent_channels, 3, side)
     }
 }

@@ -158,3 +158,78 @@ impl Vae {
         Ok(tokens.into_iter().map(entry).collect())
     }
 }
+
+#[cfg(test)]
+mod tests {
+    #![allow(clippy::unwrap_used, clippy::expect_used)]
+    use serenity_protocol::checkpoint::Checkpoint;
+
+    use super::*;
+
+    const GOLDENS: &str = concat!(env!("CARGO_MANIFEST_DIR"), "/../tests/fixtures/goldens");
+
+    fn open(path: &Path) -> Vae {
+        Vae::open(path, Half::Both, Device::Cpu, DType::F32).unwrap()
+    }
+
+    /// The golden VAE as a single file in the BFL naming, attention's linears as 1 x 1 convolutions.
+    fn write_bfl(from: &Path, to: &Path) {
+        let source = Checkpoint::open(from).unwrap();
+        let names: Vec<String> = source.names().map(str::to_string).collect();
+        let tensors: Vec<_> = names.iter().map(|n| (names::to_bfl(n), source.tensor(n).unwrap())).collect();
+        let views = tensors.iter().map(|(name, t)| {
+            let linear = name.contains(".attn_1.") && t.shape.len() == 2;
+            let shape = t.shape.iter().copied().chain(if linear { vec![1, 1] } else { vec![] }).collect();
+            (name.as_str(), safetensors::tensor::TensorView::new(t.dtype, shape, t.bytes()).unwrap())
+        });
+        std::fs::write(to, safetensors::serialize(views, None).unwrap()).unwrap();
+    }
+
+    #[test]
+    fn both_namings_give_the_same_model_and_the_single_file_needs_no_configuration() {
+        let dir = tempfile::tempdir().unwrap();
+        let file = dir.path().join("ae.safetensors");
+        let folder = Path::new(GOLDENS).join("model/vae");
+        write_bfl(&folder, &file);
+        let (ours, theirs) = (open(&folder), open(&file));
+        let images = Tensor::randn(0f32, 0.5, (1, 3, 32, 16), &Device::Cpu).unwrap();
+        let latent = ours.latent_mode(&images).unwrap();
+        let bits = |t: &Tensor| t.flatten_all().unwrap().to_vec1::<f32>().unwrap();
+        assert_eq!(bits(&latent), bits(&theirs.latent_mode(&images).unwrap()));
+        assert_eq!(bits(&ours.decode(&latent).unwrap()), bits(&theirs.decode(&latent).unwrap()));
+        assert_eq!(bits(&ours.tokens(&latent).unwrap()), bits(&theirs.tokens(&latent).unwrap()));
+    }
+
+    #[test]
+    fn tokens_and_latents_are_inverse_and_channel_is_slowest() {
+        let vae = open(&Path::new(GOLDENS).join("model/vae"));
+        let (c, h, w) = (vae.geometry.latent_channels, 4, 6);
+        let latent = Tensor::randn(0f32, 2.0, (2, c, h, w), &Device::Cpu).unwrap();
+        let tokens = vae.tokens(&latent).unwrap();
+        assert_eq!(tokens.dims(), [2, h / 2 * w / 2, 4 * c]);
+        let back = vae.latents(&tokens, h / 2, w / 2).unwrap();
+        let worst = (back - &latent).unwrap().abs().unwrap().max_all().unwrap().to_scalar::<f32>().unwrap();
+        assert!(worst < 1e-5, "{worst}");
+        // Token (1, 2), channel c * 4 + dy * 2 + dx.
+        let (at, values) = (w / 2 + 2, latent.to_device(&Device::Cpu).unwrap());
+        for (channel, dy, dx) in [(0, 0, 1), (1, 1, 0), (c - 1, 1, 1)] {
+            let plain: f32 = values.get(0).unwrap().get(channel).unwrap().get(2 + dy).unwrap().get(4 + dx).unwrap().to_scalar().unwrap();
+            let index = channel * 4 + dy * 2 + dx;
+            let statistic = |t: &Tensor| t.flatten_all().unwrap().get(index).unwrap().to_scalar::<f32>().unwrap();
+            let token: f32 = tokens.get(0).unwrap().get(at).unwrap().get(index).unwrap().to_scalar().unwrap();
+            assert!((token - (plain - statistic(&vae.mean)) / statistic(&vae.deviation)).abs() < 1e-5);
+        }
+    }
+
+    #[test]
+    fn an_image_is_encoded_alike_alone_and_in_a_batch() {
+        let vae = open(&Path::new(GOLDENS).join("model/vae"));
+        let images = Tensor::randn(0f32, 0.5, (3, 3, 32, 48), &Device::Cpu).unwrap();
+        let together = vae.encode(&images).unwrap();
+        for (i, entry) in together.iter().enumerate() {
+            assert_eq!(vae.encode(&images.narrow(0, i, 1).unwrap()).unwrap(), std::slice::from_ref(entry));
+        }
+        let odd = Tensor::zeros((1, 3, 24, 32), DType::F32, &Device::Cpu).unwrap();
+        assert_eq!(vae.latent_mode(&odd).unwrap_err().exit_code(), 65);
+    }
+}

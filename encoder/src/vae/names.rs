@@ -63,7 +63,7 @@ impl VaeWeights {
 }
 
 /// The BFL spelling of a diffusers name.
-fn to_bfl(name: &str) -> String {
+pub(super) fn to_bfl(name: &str) -> String {
     if name.starts_with("quant_conv.") {
         return format!("encoder.{name}");
     }

@@ -1,0 +1,239 @@
+//! The job: what is encoded, what is reused, what is refused.
+#![allow(clippy::unwrap_used, clippy::expect_used)]
+
+use std::collections::BTreeMap;
+use std::path::{Path, PathBuf};
+
+use serenity_encoder::run::{RunOptions, Shard, Summary, run};
+use serenity_protocol::Result;
+use serenity_protocol::cache::{CachePlan, TextEntry};
+use serenity_protocol::config::{Config, Overrides};
+use serenity_protocol::message::Role;
+use serenity_protocol::process::Process;
+
+const GOLDENS: &str = concat!(env!("CARGO_MANIFEST_DIR"), "/../tests/fixtures/goldens");
+
+/// A folder with a copy of the golden model, images and a configuration.
+struct Dir(tempfile::TempDir);
+
+impl Dir {
+    fn new(captions: &[&str]) -> Self {
+        let dir = Self(tempfile::tempdir().unwrap());
+        for part in ["transformer", "text_encoder", "tokenizer", "vae"] {
+            let (from, to) = (Path::new(GOLDENS).join("model").join(part), dir.path(&format!("model/{part}")));
+            std::fs::create_dir_all(&to).unwrap();
+            for file in std::fs::read_dir(from).unwrap() {
+                let file = file.unwrap();
+                std::fs::write(to.join(file.file_name()), std::fs::read(file.path()).unwrap()).unwrap();
+            }
+        }
+        std::fs::create_dir(dir.path("images")).unwrap();
+        for (i, caption) in captions.iter().enumerate() {
+            dir.add(i, caption);
+        }
+        dir
+    }
+
+    fn path(&self, name: &str) -> PathBuf {
+        self.0.path().join(name)
+    }
+
+    fn add(&self, i: usize, caption: &str) {
+        let shade = i as u32 * 40;
+        let image = image::RgbImage::from_fn(40, 32 + i as u32, |x, y| image::Rgb([(x * 5 + shade) as u8, (y * 6) as u8, (x * y) as u8]));
+        image.save(self.path(&format!("images/{i}.png"))).unwrap();
+        std::fs::write(self.path(&format!("images/{i}.txt")), caption).unwrap();
+    }
+
+    fn config(&self, cache: &str, extra: &[&str]) -> Config {
+        let config = serde_json::json!({
+            "model": {"path": self.path("model")},
+            "data": {"concepts": [{"path": self.path("images")}], "cache_dir": self.path(cache)},
+            "resolution": 64, "output_dir": self.path("out"), "train_device": "cpu",
+        });
+        let mut set = vec!["model.max_sequence_length=96".to_string()];
+        set.extend(extra.iter().map(ToString::to_string));
+        Config::from_json(&config.to_string(), &self.path("config.json"), &Overrides { set, ..Overrides::default() }).unwrap()
+    }
+
+    fn run(&self, cache: &str) -> Result<Summary> {
+        run(&self.config(cache, &[]), RunOptions::default(), &Process::detached(Role::Encoder))
+    }
+
+    fn plan(&self, config: &Config) -> CachePlan {
+        let samples = serenity_protocol::dataset::scan(&config.data).unwrap();
+        CachePlan::new(config, &serenity_protocol::model_path::resolve(&config.model).unwrap(), &samples).unwrap()
+    }
+
+    /// The entries of a cache folder by their path in it.
+    fn entries(&self, cache: &str) -> BTreeMap<PathBuf, Vec<u8>> {
+        let (root, mut found) = (self.path(cache), BTreeMap::new());
+        let mut folders = vec![root.clone()];
+        while let Some(folder) = folders.pop() {
+            for file in std::fs::read_dir(folder).unwrap() {
+                let path = file.unwrap().path();
+                if path.is_dir() {
+                    folders.push(path);
+                } else if path.extension().is_some_and(|e| e == "safetensors") {
+                    found.insert(path.strip_prefix(&root).unwrap().to_path_buf(), std::fs::read(&path).unwrap());
+                }
+            }
+        }
+        found
+    }
+}
+
+fn counts(summary: Summary) -> (usize, usize, usize) {
+    (summary.captions, summary.images, summary.cached)
+}
+
+#[test]
+fn one_more_image_costs_one_and_the_same_again_costs_nothing() {
+    let dir = Dir::new(&["a cat", "a cat", "東京 🚀"]);
+    assert_eq!(counts(dir.run("cache").unwrap()), (2, 3, 0), "equal captions share an entry");
+    assert_eq!(counts(dir.run("cache").unwrap()), (0, 0, 5));
+    dir.add(3, "a dog");
+    assert_eq!(counts(dir.run("cache").unwrap()), (1, 1, 5));
+    // Once the files have been left alone for a while, nothing is opened but entries' time stamps.
+    std::thread::sleep(std::time::Duration::from_millis(2100));
+    assert!(dir.run("cache").unwrap().files_hashed > 0);
+    assert_eq!(dir.run("cache").unwrap().files_hashed, 0);
+}
+
+#[test]
+fn alone_in_shards_or_together_gives_the_same_bytes() {
+    let captions = ["a photo of an astronaut in an orange suit", "", "a tabby cat, a tabby cat"];
+    let dir = Dir::new(&captions);
+    dir.run("together").unwrap();
+    let process = Process::detached(Role::Encoder);
+    let options = RunOptions { hidden_bytes_max: 1, ..RunOptions::default() };
+    run(&dir.config("alone", &[]), options, &process).unwrap();
+    for index in 0..2 {
+        let options = RunOptions { shard: Shard { index, of: 2 }, ..RunOptions::default() };
+        run(&dir.config("shards", &[]), options, &process).unwrap();
+    }
+    let together = dir.entries("together");
+    assert_eq!(together.len(), 6);
+    assert!(together == dir.entries("alone"));
+    assert!(together == dir.entries("shards"));
+}
+
+#[test]
+fn corrupt_and_cut_entries_are_made_again() {
+    let dir = Dir::new(&["one", "two"]);
+    dir.run("cache").unwrap();
+    let before = dir.entries("cache");
+    let mut files = before.keys().map(|name| dir.path("cache").join(name));
+    let (flipped, cut) = (files.next().unwrap(), files.next_back().unwrap());
+    let mut bytes = std::fs::read(&flipped).unwrap();
+    let last = bytes.len() - 1;
+    bytes[last] ^= 1;
+    std::fs::write(&flipped, &bytes).unwrap();
+    std::fs::write(&cut, &std::fs::read(&cut).unwrap()[..100]).unwrap();
+    assert_eq!(counts(dir.run("cache").unwrap()), (1, 1, 2));
+    assert!(dir.entries("cache") == before);
+}
+
+#[test]
+fn a_reader_sets_a_corrupt_entry_aside_for_the_next_run() {
+    let dir = Dir::new(&["one"]);
+    dir.run("cache").unwrap();
+    let plan = dir.plan(&dir.config("cache", &[]));
+    assert!(plan.is_complete());
+    let whole = std::fs::read(&plan.text[0].path).unwrap();
+    std::fs::write(&plan.text[0].path, &whole[1..]).unwrap();
+    assert_eq!(plan.read_text(0).unwrap_err().exit_code(), 65);
+    assert!(!plan.text[0].path.exists());
+    assert_eq!(counts(dir.run("cache").unwrap()), (1, 0, 1));
+    assert!(plan.read_text(0).is_ok() && plan.read_latent(0).is_ok());
+}
+
+#[test]
+fn a_changed_encoder_or_tokenizer_never_meets_old_entries() {
+    let dir = Dir::new(&["one", "two"]);
+    dir.run("cache").unwrap();
+    let before = dir.plan(&dir.config("cache", &[]));
+    let flip = |name: &str| {
+        let mut bytes = std::fs::read(dir.path(name)).unwrap();
+        let at = bytes.len() - 5;
+        bytes[at] ^= 1;
+        std::fs::write(dir.path(name), bytes).unwrap();
+    };
+    flip("model/text_encoder/model-00002-of-00003.safetensors");
+    let text_changed = dir.plan(&dir.config("cache", &[]));
+    assert!(text_changed.text.iter().all(|t| !t.present && before.text.iter().all(|b| b.key != t.key)));
+    assert!(text_changed.latents == before.latents);
+    flip("model/vae/diffusion_pytorch_model.safetensors");
+    let vae_changed = dir.plan(&dir.config("cache", &[]));
+    assert!(vae_changed.latents.iter().all(|l| !l.present));
+    let other = |set: &str| dir.plan(&dir.config("cache", &[set]));
+    assert!(other("model.max_sequence_length=95").text.iter().all(|t| !t.present));
+    assert!(other("model.text_hidden_states=[1,2,3]").text.iter().all(|t| !t.present));
+    assert!(other("resolution=80").latents.iter().all(|l| vae_changed.latents.iter().all(|v| v.key != l.key)));
+    let tokenizer = dir.path("model/tokenizer/tokenizer_config.json");
+    std::fs::write(&tokenizer, std::fs::read_to_string(&tokenizer).unwrap() + "\n").unwrap();
+    assert!(other("resolution=64").text.iter().all(|t| text_changed.text.iter().all(|b| b.key != t.key)));
+}
+
+#[test]
+fn long_captions_are_cut_on_the_right_and_short_ones_padded_on_the_left() {
+    let dir = Dir::new(&["a tabby cat a tabby cat a tabby cat", "short"]);
+    let config = dir.config("cache", &["model.max_sequence_length=40"]);
+    run(&config, RunOptions::default(), &Process::detached(Role::Encoder)).unwrap();
+    let plan = dir.plan(&config);
+    let entries: Vec<TextEntry> = (0..2).map(|i| plan.read_text(plan.samples[i].text).unwrap()).collect();
+    assert_eq!((entries[0].real_tokens, entries[0].max_length), (40, 40));
+    assert!(entries[1].real_tokens < 40);
+    let expanded = entries[1].expand();
+    assert_eq!(expanded.len(), 40 * entries[1].features);
+    assert_eq!(expanded[..entries[1].features], entries[1].pad_row[..]);
+    assert_eq!(expanded[(40 - entries[1].real_tokens) * entries[1].features..], entries[1].rows[..]);
+}
+
+#[test]
+fn wrong_tokenizers_and_weights_are_refused() {
+    let code = |dir: &Dir| dir.run("cache").map(|_| ()).map_err(|e| (e.exit_code(), e.to_string()));
+    let dir = Dir::new(&["one"]);
+    let file = dir.path("model/tokenizer/tokenizer_config.json");
+    let text = std::fs::read_to_string(&file).unwrap();
+    std::fs::write(&file, text.replace("\"padding_side\": \"left\"", "\"padding_side\": \"right\"")).unwrap();
+    let (exit, message) = code(&dir).unwrap_err();
+    assert!(exit == 65 && message.contains("tokenizer_config.json") && message.contains("right"), "{message}");
+    std::fs::write(&file, text).unwrap();
+
+    let config = dir.path("model/text_encoder/config.json");
+    let text = std::fs::read_to_string(&config).unwrap();
+    std::fs::write(&config, text.replace("\"intermediate_size\": 96", "\"intermediate_size\": 128")).unwrap();
+    let (exit, message) = code(&dir).unwrap_err();
+    assert!(exit == 65 && message.contains("mlp.gate_proj"), "{message}");
+    std::fs::write(&config, text).unwrap();
+
+    std::fs::remove_file(dir.path("model/text_encoder/model-00003-of-00003.safetensors")).unwrap();
+    assert_eq!(code(&dir).unwrap_err().0, 69);
+}
+
+#[test]
+fn an_unreadable_image_is_named_after_the_good_ones_are_done() {
+    let dir = Dir::new(&["one", "two", "three"]);
+    std::fs::write(dir.path("images/1.png"), b"no image").unwrap();
+    let error = dir.run("cache").unwrap_err();
+    assert_eq!(error.exit_code(), 65);
+    assert!(error.to_string().contains("images/1.png"), "{error}");
+    assert_eq!(dir.plan(&dir.config("cache", &[])).missing_latents().count(), 1);
+    dir.add(1, "two");
+    assert_eq!(counts(dir.run("cache").unwrap()), (3, 1, 2));
+}
+
+#[test]
+fn a_stopped_run_keeps_what_is_done_and_the_next_goes_on() {
+    let dir = Dir::new(&["one", "two"]);
+    dir.run("whole").unwrap();
+    let process = Process::detached(Role::Encoder);
+    // Relaxed: a lone flag, see Process::stop_requested.
+    process.stop_flag().store(true, std::sync::atomic::Ordering::Relaxed);
+    let config = dir.config("cache", &[]);
+    assert_eq!(run(&config, RunOptions::default(), &process).unwrap_err().exit_code(), 75);
+    assert_eq!(dir.entries("cache").len(), 1, "the image that was being encoded");
+    assert_eq!(counts(dir.run("cache").unwrap()), (2, 1, 1));
+    assert!(dir.entries("cache") == dir.entries("whole"));
+}
