@@ -122,7 +122,7 @@ impl<'w> Stream<'w> {
         let Some(dhidden) = self.ff_out.backward(|| swiglu::forward(&up), &down, need_up, grads)? else { return Ok(None) };
         let dup = swiglu::backward(&up, &dhidden)?;
         let Some(dnormed) = self.ff_in.backward(|| Ok(normed), &dup, need_input, grads)? else { return Ok(None) };
-        (dy + layer_norm::backward(x, &m.scale, self.dims.eps, &dnormed)?).map(Some)
+        gate::add(layer_norm::backward(x, &m.scale, self.dims.eps, &dnormed)?, dy).map(Some)
     }
 
     /// Backward of norm, projections, QK norm and rotation, from the gradients of [`Self::heads`]: that of `x`, without the residual's, if
@@ -149,7 +149,7 @@ impl<'w> Stream<'w> {
             self.v.backward(normed, &dv, need_input, grads)?,
         );
         let (Some(q), Some(k), Some(v)) = parts else { return Ok(None) };
-        layer_norm::backward(x, &modulation.attention.scale, eps, &((q + k)? + v)?).map(Some)
+        layer_norm::backward(x, &modulation.attention.scale, eps, &gate::add(gate::add(q, &k)?, &v)?).map(Some)
     }
 }
 
@@ -214,7 +214,7 @@ impl<'w> DoubleBlock<'w> {
         let image = self.image.project_backward(&x.image, state.image, &cond.image, &positions.image, timage, need_input, grads)?;
         let text = self.text.project_backward(&x.text, state.text, &cond.text, &positions.text, ttext, need_input, grads)?;
         let (Some(image), Some(text)) = (image, text) else { return Ok(None) };
-        Ok(Some(Streams { image: (dimage + image)?, text: (dtext + text)? }))
+        Ok(Some(Streams { image: gate::add(image, &dimage)?, text: gate::add(text, &dtext)? }))
     }
 
     fn up_to_middle(&self, x: &Streams, cond: &Conditioning) -> Result<State> {

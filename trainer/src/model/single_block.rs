@@ -78,7 +78,7 @@ impl<'w> SingleBlock<'w> {
             D::Minus1,
         )?;
         let Some(dnormed) = self.project.backward(|| Ok(state.normed.clone()), &dprojected, need_input, grads)? else { return Ok(None) };
-        (dh + layer_norm::backward(h, &cond.single.scale, eps, &dnormed)?).map(Some)
+        gate::add(layer_norm::backward(h, &cond.single.scale, eps, &dnormed)?, dh).map(Some)
     }
 
     fn up_to_out(&self, h: &Tensor, cond: &Conditioning) -> Result<State> {

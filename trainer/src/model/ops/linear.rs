@@ -5,7 +5,7 @@
 
 use candle_core::{Result, Tensor};
 
-use super::gemm;
+use super::{gate, gemm};
 use crate::model::AdapterGrads;
 
 /// The branch of one linear for the duration of a block visit.
@@ -42,7 +42,7 @@ impl Linear<'_> {
         let y = gemm::nt(x, self.weight)?;
         match &self.lora {
             None => Ok(y),
-            Some(lora) => y + gemm::nt(&(gemm::nt(x, &lora.a)? * lora.scale)?, &lora.b)?,
+            Some(lora) => gate::add(y, &gemm::nt(&(gemm::nt(x, &lora.a)? * lora.scale)?, &lora.b)?),
         }
     }
 
@@ -66,7 +66,7 @@ impl Linear<'_> {
         if !need_dx {
             return Ok(None);
         }
-        (gemm::nn(dy, self.weight)? + gemm::nn(&dh, &lora.a)?).map(Some)
+        gate::add(gemm::nn(dy, self.weight)?, &gemm::nn(&dh, &lora.a)?).map(Some)
     }
 }
 

@@ -5,6 +5,7 @@
 //! and round once. No function returns the gradient of a frozen tensor (weight, norm weight, modulation): there is none to call.
 
 pub mod attention;
+mod cpu;
 pub mod gate;
 pub mod gemm;
 pub mod layer_norm;
@@ -12,3 +13,6 @@ pub mod linear;
 pub mod qk_norm_rope;
 pub mod rope;
 pub mod swiglu;
+
+#[cfg(test)]
+mod tests;

@@ -55,6 +55,21 @@ impl Rope {
         self.cos.dim(0)
     }
 
+    /// `[T, d / 2]`, contiguous.
+    pub fn cos(&self) -> &Tensor {
+        &self.cos
+    }
+
+    /// `[T, d / 2]`, contiguous.
+    pub fn sin(&self) -> &Tensor {
+        &self.sin
+    }
+
+    /// `[T, d / 2]`, contiguous: the way back.
+    pub fn minus_sin(&self) -> &Tensor {
+        &self.minus_sin
+    }
+
     /// Turns `x [B, H, T, d]` float32.
     pub fn forward(&self, x: &Tensor) -> Result<Tensor> {
         candle_nn::rotary_emb::rope_i(x, &self.cos, &self.sin)
@@ -63,5 +78,14 @@ impl Rope {
     /// The gradient of `x` from that of the turned one.
     pub fn backward(&self, dy: &Tensor) -> Result<Tensor> {
         candle_nn::rotary_emb::rope_i(dy, &self.cos, &self.minus_sin)
+    }
+}
+
+/// Turns the pairs of one head, in place.
+pub fn turn(x: &mut [f32], cos: &[f32], sin: &[f32]) {
+    for ((pair, cos), sin) in x.chunks_exact_mut(2).zip(cos).zip(sin) {
+        if let [x0, x1] = pair {
+            (*x0, *x1) = (*x0 * cos - *x1 * sin, *x1 * cos + *x0 * sin);
+        }
     }
 }
