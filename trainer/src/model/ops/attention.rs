@@ -21,7 +21,8 @@ pub struct Saved {
 /// `q`, `k`, `v` `[B, H, T, d]`: the output of the same shape and dtype, and what [`backward`] needs.
 pub fn forward(q: Tensor, k: Tensor, v: Tensor) -> Result<(Tensor, Saved)> {
     let dtype = q.dtype();
-    let (q, k, v) = if q.device().is_cpu() { (q.to_dtype(DType::F32)?, k.to_dtype(DType::F32)?, v.to_dtype(DType::F32)?) } else { (q, k, v) };
+    let (q, k, v) =
+        if q.device().is_cpu() { (q.to_dtype(DType::F32)?, k.to_dtype(DType::F32)?, v.to_dtype(DType::F32)?) } else { (q, k, v) };
     let scale = scale(&q)?;
     let scores = gemm::batched(&q, &k.t()?)?;
     let probabilities = if scores.device().is_cpu() {
