@@ -175,9 +175,17 @@ fn run_verify(args: VerifyArgs, process: &Process) -> Result<()> {
     }
     let report = report.into_result()?;
     if !args.json {
-        println!("{}: intact, {} bytes, {} pages and {} tensors compared", slab.path().display(), report.bytes, report.pages, report.tensors);
+        println!(
+            "{}: intact, {} bytes, {} pages and {} tensors compared",
+            slab.path().display(),
+            report.bytes,
+            report.pages,
+            report.tensors
+        );
         if !report.has_checksums {
-            println!("  it carries no checksums (the original builder's): structure, scales and the range of the codes are all that was checked");
+            println!(
+                "  it carries no checksums (the original builder's): structure, scales and the range of the codes are all that was checked"
+            );
         }
     }
     Ok(())

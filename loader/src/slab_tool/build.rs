@@ -82,6 +82,8 @@ pub struct SlabFiles {
     pub companion: PathBuf,
     /// `PREFIX.safetensors.partial`
     pub(super) partial: PathBuf,
+    /// `PREFIX.other.safetensors.partial`
+    pub(super) companion_partial: PathBuf,
     /// `PREFIX.build.partial`
     journal: PathBuf,
 }
@@ -105,6 +107,7 @@ impl SlabFiles {
             manifest: with(".manifest.json"),
             companion: with(".other.safetensors"),
             partial: with(".safetensors.partial"),
+            companion_partial: with(".other.safetensors.partial"),
             journal: with(".build.partial"),
         })
     }
@@ -181,12 +184,16 @@ pub fn build(options: &BuildOptions, process: &Process) -> Result<BuildReport> {
         tracing::info!("going on with an earlier build at byte {resumed_bytes} of {}", plan.file.file_bytes);
     }
     progress.add(resumed_bytes)?;
-    let hashes = write_slab(&Job { plan: &plan, source: &source, files: &files, page_bytes, identity, journal_bytes: options.journal_bytes }, resumed, &mut progress)?;
-    let companion = companion::write(&others, &source, &files.companion, &mut progress)?;
+    let hashes = write_slab(
+        &Job { plan: &plan, source: &source, files: &files, page_bytes, identity, journal_bytes: options.journal_bytes },
+        resumed,
+        &mut progress,
+    )?;
+    let companion = companion::write(&others, &source, &files, &mut progress)?;
     let manifest = assemble(source.geometry(), options.architecture_id.clone(), &plan, page_bytes, hashes, companion);
     remove_manifest(&files)?;
     publish(&files.partial, &files.slab)?;
-    publish(&atomic_file::temp_path(&files.companion), &files.companion)?;
+    publish(&files.companion_partial, &files.companion)?;
     atomic_file::write(&files.manifest, manifest.to_json()?.as_bytes())?;
     // Both are done with; a leftover would only be overwritten by the next build.
     let _ = std::fs::remove_file(&files.journal);
@@ -233,7 +240,10 @@ pub(super) fn lock(files: &SlabFiles) -> Result<BuildLock> {
     loop {
         let file = File::options().create(true).truncate(false).write(true).open(&path).map_err(io)?;
         rustix::fs::flock(&file, rustix::fs::FlockOperation::NonBlockingLockExclusive).map_err(|e| {
-            Error::absent("another process is building this slab").at(&files.slab).advice("wait for it, or choose another --output").cause(e)
+            Error::absent("another process is building this slab")
+                .at(&files.slab)
+                .advice("wait for it, or choose another --output")
+                .cause(e)
         })?;
         // The file may have been removed by its last owner between open and lock.
         let locked = file.metadata().map_err(io)?.ino();
@@ -298,7 +308,11 @@ fn write_slab(job: &Job, resumed: Option<Journal>, progress: &mut Progress) -> R
     let first = resumed.as_ref().map_or(0, |j| j.at_tensor);
     let writer = match resumed {
         Some(j) => FileWriter::resume(plan, partial, job.page_bytes, j.at_tensor, j.pages, j.tensors)?,
-        None => FileWriter::create(plan, partial, job.page_bytes)?,
+        None => {
+            // A journal of the file that is about to be truncated must not outlive it.
+            let _ = std::fs::remove_file(&job.files.journal);
+            FileWriter::create(plan, partial, job.page_bytes)?
+        }
     };
     std::thread::scope(|scope| {
         let (to_quantiser, batches) = sync_channel(QUEUE);
@@ -404,7 +418,8 @@ fn quantise_batch(job: &Job, index: usize, batch: &Batch, scales: &mut Vec<f32>)
     let mut codes = vec![0i8; batch.rows * padded];
     let first = scales.len();
     scales.resize(first + batch.rows, 0.0);
-    let rows = codes.par_chunks_exact_mut(padded).zip(scales.get_mut(first..).unwrap_or_default()).zip(batch.bytes.par_chunks_exact(row_bytes));
+    let rows =
+        codes.par_chunks_exact_mut(padded).zip(scales.get_mut(first..).unwrap_or_default()).zip(batch.bytes.par_chunks_exact(row_bytes));
     let bad = rows.enumerate().with_min_len(16).map_init(Vec::new, |row: &mut Vec<f32>, (i, ((codes, scale), bytes))| {
         row.clear();
         // Only the three types of element_bytes come here, and those cannot fail.
@@ -443,7 +458,8 @@ pub(super) fn assemble(
     layers.sort_by(|a, b| a.canonical_name.cmp(&b.canonical_name));
     let total = layers.iter().map(|l| l.packed_shape[0] as u64 * l.packed_shape[1] as u64).sum();
     let tensors = plan.file.tensors.iter().zip(hashes.tensors).map(|(t, hash)| (t.name.clone(), hash)).collect();
-    let geometry_out = TransformerGeometry { out_channels: geometry.out_channels.filter(|&n| n != geometry.in_channels), ..geometry.clone() };
+    let geometry_out =
+        TransformerGeometry { out_channels: geometry.out_channels.filter(|&n| n != geometry.in_channels), ..geometry.clone() };
     Manifest {
         model_signature: manifest::model_signature(&geometry.all_linears()),
         architecture_id: label.unwrap_or_else(|| architecture_id(geometry).to_owned()),

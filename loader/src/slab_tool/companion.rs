@@ -10,9 +10,9 @@ use serenity_protocol::geometry::TransformerGeometry;
 use serenity_protocol::model_path::{TransformerSource, append_f32};
 use serenity_protocol::slab::manifest::Companion;
 use serenity_protocol::slab::quant;
-use serenity_protocol::{Error, Result, atomic_file};
+use serenity_protocol::{Error, Result};
 
-use super::build::{COMPANION_DTYPE, not_finite};
+use super::build::{COMPANION_DTYPE, PAGE_BYTES, SlabFiles, not_finite};
 use super::plan::{FilePlan, PlanBuilder};
 use super::progress::Progress;
 use super::source::{SourceReader, element_bytes};
@@ -62,13 +62,12 @@ impl CompanionPlan {
     }
 }
 
-/// Writes the companion under its temporary name ([`atomic_file::temp_path`]); the caller renames it.
+/// Writes the companion under its temporary name; the caller renames it.
 ///
 /// # Errors
 /// As the build's.
-pub fn write(plan: &CompanionPlan, source: &TransformerSource, path: &Path, progress: &mut Progress) -> Result<Companion> {
-    let temp = atomic_file::temp_path(path);
-    let mut writer = FileWriter::create(&plan.file, &temp, super::build::PAGE_BYTES)?;
+pub fn write(plan: &CompanionPlan, source: &TransformerSource, files: &SlabFiles, progress: &mut Progress) -> Result<Companion> {
+    let mut writer = FileWriter::create(&plan.file, &files.companion_partial, PAGE_BYTES)?;
     let mut reader = SourceReader::default();
     for tensor in &plan.file.tensors {
         let place = source.place(&tensor.name, &tensor.shape)?;
@@ -93,5 +92,5 @@ pub fn write(plan: &CompanionPlan, source: &TransformerSource, path: &Path, prog
             progress.add((batch.bytes.len() / width * 2) as u64)
         })?;
     }
-    plan.manifest_entry(path, writer.finish()?)
+    plan.manifest_entry(&files.companion, writer.finish()?)
 }

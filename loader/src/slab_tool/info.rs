@@ -138,8 +138,5 @@ fn compare(file: &File, slab: &Slab, layer: &SlabLayer, source: &TransformerSour
     })?;
     let [original, dequantised, product, error] = sums;
     let ratio = |a: f64, b: f64, of_nothing: f64| if b > 0.0 { a / b } else { of_nothing };
-    Ok(LayerError {
-        relative_l2: ratio(error.sqrt(), original.sqrt(), 0.0),
-        cosine: ratio(product, (original * dequantised).sqrt(), 1.0),
-    })
+    Ok(LayerError { relative_l2: ratio(error.sqrt(), original.sqrt(), 0.0), cosine: ratio(product, (original * dequantised).sqrt(), 1.0) })
 }

@@ -68,7 +68,9 @@ impl VerifyReport {
             .flaws
             .iter()
             .take(FLAWS_SHOWN_MAX)
-            .map(|f| format!("\n    - {}, offset {}, {}: {}", f.file.display(), f.offset, f.tensor.as_deref().unwrap_or("no tensor"), f.what))
+            .map(|f| {
+                format!("\n    - {}, offset {}, {}: {}", f.file.display(), f.offset, f.tensor.as_deref().unwrap_or("no tensor"), f.what)
+            })
             .collect();
         if self.flaws.len() > FLAWS_SHOWN_MAX {
             text.push_str(&format!("\n    - and {} more", self.flaws.len() - FLAWS_SHOWN_MAX));
@@ -129,7 +131,8 @@ fn verify_companion(
         what: "it is missing from the file".into(),
     }));
     if silent && (Hash(whole) != companion.xxh3 || header.file_bytes != companion.bytes) {
-        let what = format!("the file's hash is {whole:016x}, the manifest says {}: its header differs, or it is of another build", companion.xxh3);
+        let what =
+            format!("the file's hash is {whole:016x}, the manifest says {}: its header differs, or it is of another build", companion.xxh3);
         report.flaws.push(pass.flaw(None, 0, what));
     }
     report.bytes += header.file_bytes;

@@ -68,7 +68,14 @@ impl<'p> FileWriter<'p> {
     ///
     /// # Errors
     /// [`Error::Data`] if the file is shorter than that.
-    pub fn resume(plan: &'p FilePlan, temp: &Path, page_bytes: u64, at_tensor: usize, pages: Vec<Hash>, tensors: Vec<Hash>) -> Result<Self> {
+    pub fn resume(
+        plan: &'p FilePlan,
+        temp: &Path,
+        page_bytes: u64,
+        at_tensor: usize,
+        pages: Vec<Hash>,
+        tensors: Vec<Hash>,
+    ) -> Result<Self> {
         let mut this = Self::open(plan, temp, page_bytes, false)?;
         let position = plan.tensors.get(at_tensor).map_or(plan.file_bytes, |t| t.offset);
         if position % ALIGN as u64 != 0 || pages.len() as u64 != position / page_bytes || tensors.len() != at_tensor {

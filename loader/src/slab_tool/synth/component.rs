@@ -75,7 +75,9 @@ impl Spec {
                 Ok(values.iter().skip(first as usize).take(count).flat_map(|v| v.to_le_bytes()).collect())
             }
             (Fill::Zeros, dtype) => Ok(vec![0; count * dtype.bitsize() / 8]),
-            (fill, dtype) => Err(Error::invariant(format!("tensor '{}' cannot be made", self.name)).found(format!("{fill:?} as {dtype:?}"))),
+            (fill, dtype) => {
+                Err(Error::invariant(format!("tensor '{}' cannot be made", self.name)).found(format!("{fill:?} as {dtype:?}")))
+            }
         }
     }
 }

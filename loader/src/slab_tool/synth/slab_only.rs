@@ -43,13 +43,12 @@ pub fn synth_slab(preset: Preset, prefix: &Path, seed: u64, process: &Process) -
     let hashes = write_codes(&plan, &files.partial, page_bytes, seed, &mut progress)?;
     let specs = transformer::specs(&geometry);
     let specs: Vec<_> = others.file.tensors.iter().filter_map(|t| specs.iter().find(|s| s.name == t.name).cloned()).collect();
-    let temp = atomic_file::temp_path(&files.companion);
-    let written = component::write_planned(&others.file, &temp, &specs, seed, &mut progress)?;
+    let written = component::write_planned(&others.file, &files.companion_partial, &specs, seed, &mut progress)?;
     let companion = others.manifest_entry(&files.companion, written)?;
     let manifest = build::assemble(&geometry, None, &plan, page_bytes, hashes, companion);
     build::remove_manifest(&files)?;
     publish(&files.partial, &files.slab)?;
-    publish(&temp, &files.companion)?;
+    publish(&files.companion_partial, &files.companion)?;
     atomic_file::write(&files.manifest, manifest.to_json()?.as_bytes())?;
     Ok((files, total))
 }

@@ -58,7 +58,15 @@ fn vision(hidden: usize) -> Vec<Spec> {
         weight("vision_tower.patch_conv.weight", vec![v, 3, patch, patch]),
     ];
     let p = "vision_tower.transformer.layers.0";
-    for name in ["attention.k_proj", "attention.o_proj", "attention.q_proj", "attention.v_proj", "feed_forward.down_proj", "feed_forward.gate_proj", "feed_forward.up_proj"] {
+    for name in [
+        "attention.k_proj",
+        "attention.o_proj",
+        "attention.q_proj",
+        "attention.v_proj",
+        "feed_forward.down_proj",
+        "feed_forward.gate_proj",
+        "feed_forward.up_proj",
+    ] {
         all.push(weight(&format!("{p}.{name}.weight"), vec![v, v]));
     }
     for name in ["attention_norm", "ffn_norm"] {

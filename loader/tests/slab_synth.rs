@@ -1,0 +1,124 @@
+//! Models of random weights: complete, reproducible, and good enough to build from.
+#![allow(clippy::unwrap_used, clippy::expect_used)]
+
+mod slab_common;
+
+use std::collections::BTreeMap;
+use std::path::Path;
+
+use serenity_loader::slab_tool::synth::{Preset, Stream, SynthOptions, synth, synth_slab};
+use serenity_loader::slab_tool::verify::verify;
+use serenity_protocol::checkpoint::Checkpoint;
+use serenity_protocol::model_path::{TransformerSource, resolve_path};
+use serenity_protocol::slab::Slab;
+use slab_common::{build_into, golden, process};
+
+fn tiny(folder: &Path, seed: u64) {
+    synth(&SynthOptions { preset: Preset::Tiny, output: folder.to_path_buf(), seed }, &process()).unwrap();
+}
+
+fn all_files(folder: &Path) -> BTreeMap<String, Vec<u8>> {
+    let mut files = BTreeMap::new();
+    let mut open = vec![folder.to_path_buf()];
+    while let Some(at) = open.pop() {
+        for entry in std::fs::read_dir(at).unwrap() {
+            let path = entry.unwrap().path();
+            if path.is_dir() {
+                open.push(path);
+            } else {
+                files.insert(path.strip_prefix(folder).unwrap().display().to_string(), std::fs::read(&path).unwrap());
+            }
+        }
+    }
+    files
+}
+
+#[test]
+fn the_same_seed_gives_the_same_bytes_on_any_number_of_threads() {
+    let folder = tempfile::tempdir().unwrap();
+    let at = |name: &str| folder.path().join(name);
+    tiny(&at("a"), 5);
+    rayon::ThreadPoolBuilder::new().num_threads(1).build().unwrap().install(|| tiny(&at("b"), 5));
+    tiny(&at("c"), 6);
+    let (a, b, c) = (all_files(&at("a")), all_files(&at("b")), all_files(&at("c")));
+    assert!(a == b);
+    assert_eq!(a.keys().collect::<Vec<_>>(), c.keys().collect::<Vec<_>>());
+    assert!(a["transformer/diffusion_pytorch_model.safetensors"] != c["transformer/diffusion_pytorch_model.safetensors"]);
+    // Made again in the same place, with another seed: nothing is left of the first.
+    tiny(&at("a"), 6);
+    assert!(all_files(&at("a")) == c);
+}
+
+/// Tensor names with their ranks: those of the golden checkpoint, which the reference wrote, but for the number of layers.
+#[test]
+fn the_tensors_are_those_that_the_reference_writes() {
+    let folder = tempfile::tempdir().unwrap();
+    tiny(folder.path(), 0);
+    for component in ["transformer", "text_encoder", "vae"] {
+        let names = |root: &Path| -> Vec<(String, usize)> {
+            let checkpoint = Checkpoint::open(&root.join(component)).unwrap();
+            let named = checkpoint.names().map(|n| (n.to_owned(), checkpoint.tensor(n).unwrap().shape.len()));
+            let deeper = ["single_transformer_blocks.3.", ".layers.6.", ".layers.7."];
+            named.filter(|(n, _)| !deeper.iter().any(|d| n.contains(d))).collect()
+        };
+        assert_eq!(names(folder.path()), names(&golden("model")), "{component}");
+    }
+    let shards = std::fs::read_dir(folder.path().join("text_encoder")).unwrap().count();
+    assert!(shards > 3, "the text encoder is not sharded");
+    for name in ["model_index.json", "scheduler/scheduler_config.json", "tokenizer/tokenizer.json", "tokenizer/tokenizer_config.json"] {
+        assert!(folder.path().join(name).is_file(), "{name}");
+    }
+}
+
+#[test]
+fn a_slab_can_be_built_and_verified() {
+    let folder = tempfile::tempdir().unwrap();
+    tiny(&folder.path().join("model"), 0);
+    let files = build_into(folder.path(), &folder.path().join("model")).files;
+    let slab = Slab::open(&files.slab, &files.manifest).unwrap();
+    assert_eq!(slab.geometry().unwrap(), &Preset::Tiny.transformer());
+    assert!(verify(&slab, &process()).unwrap().flaws.is_empty());
+}
+
+#[test]
+fn a_slab_alone_is_of_its_preset_and_intact() {
+    let folder = tempfile::tempdir().unwrap();
+    let (files, _) = synth_slab(Preset::Tiny, &folder.path().join("s"), 9, &process()).unwrap();
+    let slab = Slab::open(&files.slab, &files.manifest).unwrap();
+    slab.check_model(&Preset::Tiny.transformer()).unwrap();
+    assert!(verify(&slab, &process()).unwrap().flaws.is_empty());
+    assert!(Checkpoint::open(slab.companion().unwrap()).unwrap().contains("norm_out.linear.weight"));
+}
+
+#[test]
+fn weights_have_the_mean_and_spread_that_was_asked_for() {
+    let folder = tempfile::tempdir().unwrap();
+    tiny(folder.path(), 1);
+    let source = TransformerSource::open(&resolve_path(folder.path().to_str().unwrap()).unwrap()).unwrap();
+    let values = source.tensor_f32("single_transformer_blocks.0.attn.to_qkv_mlp_proj.weight", &[1152, 128]).unwrap();
+    let n = values.len() as f64;
+    let mean = values.iter().map(|&v| f64::from(v)).sum::<f64>() / n;
+    let std = (values.iter().map(|&v| (f64::from(v) - mean).powi(2)).sum::<f64>() / n).sqrt();
+    assert!(mean.abs() < 0.001 && (std * 128f64.sqrt() - 1.0).abs() < 0.01, "mean {mean}, std {std}");
+}
+
+#[test]
+fn a_stream_can_be_drawn_from_anywhere() {
+    let stream = Stream::new(7, "a tensor");
+    let whole = stream.f32_bytes(0, 200_000, 0.5, 2.0);
+    assert!(whole[4 * 70_001..4 * 70_011] == stream.f32_bytes(70_001, 10, 0.5, 2.0)[..]);
+    assert!(whole != Stream::new(7, "another tensor").f32_bytes(0, 200_000, 0.5, 2.0));
+    let codes = stream.code_bytes(0, 1 << 16);
+    assert!(!codes.contains(&0x80) && codes[800..1600] == stream.code_bytes(800, 800)[..]);
+}
+
+/// Sizes as published for the real models.
+#[test]
+fn presets_have_the_published_sizes() {
+    for (preset, parameters) in [(Preset::Dev, 32_223_281_152usize), (Preset::Klein9b, 9_078_581_248), (Preset::Klein4b, 3_875_544_576)] {
+        let geometry = preset.transformer();
+        geometry.check().unwrap();
+        let total: usize = geometry.all_tensors().iter().map(|(_, shape)| shape.iter().product::<usize>()).sum();
+        assert_eq!(total, parameters, "{}", preset.name());
+    }
+}
