@@ -19,6 +19,8 @@ pub mod plot;
 pub mod ring_source;
 pub mod rng;
 pub mod run;
+#[cfg(test)]
+mod run_tests;
 pub mod schedule;
 pub mod settings;
 pub mod slab_source;

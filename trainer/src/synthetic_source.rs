@@ -29,12 +29,22 @@ impl SyntheticSource {
     /// # Errors
     /// What the device reports.
     pub fn new(geometry: &TransformerGeometry, device: &Device, dtype: DType, seed: u64) -> Result<Self> {
+        Self::scaled(geometry, device, dtype, seed, 1.0)
+    }
+
+    /// The same with every weight times `scale`.
+    ///
+    /// # Errors
+    /// What the device reports.
+    pub fn scaled(geometry: &TransformerGeometry, device: &Device, dtype: DType, seed: u64, scale: f64) -> Result<Self> {
         let draw = |block: Option<BlockId>| -> Result<Vec<Tensor>> {
             let linears = block.map(|b| geometry.block_linears(b)).unwrap_or_default();
             linears
                 .iter()
                 .map(|l| {
-                    place(&l.name, random(seed, &l.name, l.out_features, l.in_features), &[l.out_features, l.in_features], device, dtype)
+                    let mut values = random(seed, &l.name, l.out_features, l.in_features);
+                    values.iter_mut().for_each(|v| *v *= scale as f32);
+                    place(&l.name, values, &[l.out_features, l.in_features], device, dtype)
                 })
                 .collect()
         };
