@@ -228,6 +228,8 @@ impl TransformerSource {
     ///
     /// # Errors
     /// [`Error::Data`] if it is missing or of another shape.
+    // One run is one range, not the numbers in it.
+    #[allow(clippy::single_range_in_vec_init)]
     pub fn place(&self, name: &str, shape: &[usize]) -> Result<SourcePlace> {
         let (stored, rows) = self
             .table

@@ -78,7 +78,7 @@ impl<'p> FileWriter<'p> {
     ) -> Result<Self> {
         let mut this = Self::open(plan, temp, page_bytes, false)?;
         let position = plan.tensors.get(at_tensor).map_or(plan.file_bytes, |t| t.offset);
-        if position % ALIGN as u64 != 0 || pages.len() as u64 != position / page_bytes || tensors.len() != at_tensor {
+        if !position.is_multiple_of(ALIGN as u64) || pages.len() as u64 != position / page_bytes || tensors.len() != at_tensor {
             return Err(Error::invariant("a build cannot be taken up at this place").offset(position));
         }
         // The page that the position lies in is hashed again from the disk.
@@ -200,7 +200,7 @@ impl<'p> FileWriter<'p> {
                 into.copy_from_slice(now);
             }
             self.filled += now.len();
-            if self.position() % self.page_bytes == 0 {
+            if self.position().is_multiple_of(self.page_bytes) {
                 self.hashes.pages.push(Hash(self.page.digest()));
                 self.page.reset();
             }
@@ -250,7 +250,7 @@ impl<'p> FileWriter<'p> {
         if self.position() != self.plan.file_bytes {
             return Err(Error::invariant("less was written than planned").expected(self.plan.file_bytes).found(self.position()));
         }
-        if self.position() % self.page_bytes != 0 {
+        if !self.position().is_multiple_of(self.page_bytes) {
             self.hashes.pages.push(Hash(self.page.digest()));
         }
         self.flush()?;

@@ -113,7 +113,7 @@ impl RawSlab {
 
 /// The error of opening the files, which must have exit code 65.
 pub fn refusal(slab: &Path, manifest: &Path) -> String {
-    let error = Slab::open(slab, manifest).err().expect("the slab was accepted");
+    let error = Slab::open(slab, manifest).expect_err("the slab was accepted");
     assert_eq!(error.exit_code(), 65, "{error}");
     error.to_string()
 }
