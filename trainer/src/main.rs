@@ -82,6 +82,9 @@ struct ParityArgs {
     /// Rows and columns of the latent grid, for a lora-step case that does not say, e.g. 4x6
     #[arg(long, value_name = "HxW", value_parser = parse_grid)]
     grid: Option<(usize, usize)>,
+    /// Also write the adapters after the updates of lora-step as a LoRA file
+    #[arg(long, value_name = "FILE")]
+    lora: Option<PathBuf>,
 }
 
 #[derive(Clone, Copy, ValueEnum)]
@@ -145,5 +148,6 @@ fn run_parity(args: &ParityArgs) -> Result<()> {
         case: args.case_file.clone(),
         out: args.out.clone(),
         grid: args.grid,
+        lora: args.lora.clone(),
     })
 }

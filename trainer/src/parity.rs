@@ -45,6 +45,8 @@ pub struct Request {
     pub out: PathBuf,
     /// Rows and columns of the latent grid, for a `lora-step` case that does not say.
     pub grid: Option<(usize, usize)>,
+    /// Where `lora-step` writes the adapters after its updates as a LoRA file, if wanted.
+    pub lora: Option<PathBuf>,
 }
 
 /// Runs a parity command.
@@ -55,26 +57,41 @@ pub fn run(request: &Request) -> Result<()> {
     let model = request.model.to_str().ok_or_else(|| Error::config("the model's path is not UTF-8").at(&request.model))?;
     let weights = TransformerSource::open(&model_path::resolve_path(model)?)?;
     let case = Case::open(&request.case)?;
-    let outputs = compute(request.kind, &weights, &case, request.grid)?;
+    if request.lora.is_some() && request.kind != Kind::LoraStep {
+        return Err(Error::config("only lora-step has adapters to write as a LoRA file"));
+    }
+    let computed = compute(request.kind, &weights, &case, request.grid)?;
     let metadata = BTreeMap::from([("format".to_string(), "pt".to_string())]);
-    atomic_file::write(&request.out, &lora_file::safetensors_bytes(&metadata, &outputs)?)
+    atomic_file::write(&request.out, &lora_file::safetensors_bytes(&metadata, &computed.outputs)?)?;
+    match (&request.lora, &computed.adapters) {
+        (Some(path), Some(adapters)) => lora_file::write(path, adapters, &BTreeMap::new()),
+        _ => Ok(()),
+    }
 }
 
 /// Output tensors by name.
 pub type Outputs = Vec<(String, Tensor)>;
 
+/// Result of [`compute`].
+pub struct Computed {
+    /// What goes into the output file.
+    pub outputs: Outputs,
+    /// The adapters after the updates of a `lora-step`.
+    pub adapters: Option<AdapterSet>,
+}
+
 /// The computation without its output file.
 ///
 /// # Errors
 /// As [`run`].
-pub fn compute(kind: Kind, weights: &TransformerSource, case: &Case, grid: Option<(usize, usize)>) -> Result<Outputs> {
+pub fn compute(kind: Kind, weights: &TransformerSource, case: &Case, grid: Option<(usize, usize)>) -> Result<Computed> {
     let device = Device::Cpu;
     let other = OtherWeights::load(weights.geometry(), &device, DType::F32, false, |name, shape| weights.tensor_f32(name, shape))?;
     let model = Flux2::new(weights.geometry().clone(), other);
     let read = Box::new(|name: &str, shape: &[usize]| weights.tensor_f32(name, shape));
     let mut source = CheckpointSource::new(model.geometry.clone(), device, DType::F32, read);
     match kind {
-        Kind::Forward => forward(&model, &mut source, case),
+        Kind::Forward => Ok(Computed { outputs: forward(&model, &mut source, case)?, adapters: None }),
         Kind::LoraStep => lora_step(&model, &mut source, case, grid),
     }
 }
@@ -170,7 +187,7 @@ fn forward(model: &Flux2, source: &mut CheckpointSource<'_>, case: &Case) -> Res
     Ok(outputs)
 }
 
-fn lora_step(model: &Flux2, source: &mut CheckpointSource<'_>, case: &Case, grid: Option<(usize, usize)>) -> Result<Outputs> {
+fn lora_step(model: &Flux2, source: &mut CheckpointSource<'_>, case: &Case, grid: Option<(usize, usize)>) -> Result<Computed> {
     let batch = training_batch(case, grid)?;
     let (config, mut adapters) = (optimizer(case)?, initial_adapters(case)?);
     let mut optimizer = AdamW::new(&config, &adapters);
@@ -191,11 +208,11 @@ fn lora_step(model: &Flux2, source: &mut CheckpointSource<'_>, case: &Case, grid
         outputs.push((format!("loss.{update}"), scalar(loss)?));
         outputs.push((format!("grad_norm.{update}"), scalar(norm)?));
     }
-    for adapter in adapters.adapters {
-        outputs.push((format!("after3.{}.lora_A.weight", adapter.name), adapter.a));
-        outputs.push((format!("after3.{}.lora_B.weight", adapter.name), adapter.b));
+    for adapter in &adapters.adapters {
+        outputs.push((format!("after3.{}.lora_A.weight", adapter.name), adapter.a.clone()));
+        outputs.push((format!("after3.{}.lora_B.weight", adapter.name), adapter.b.clone()));
     }
-    Ok(outputs)
+    Ok(Computed { outputs, adapters: Some(adapters) })
 }
 
 /// The flow-matching sample of a case: `noisy = (1 - sigma) x0 + sigma noise`, target `noise - x0`.
@@ -237,7 +254,7 @@ fn latent_grid(case: &Case, given: Option<(usize, usize)>, tokens: usize) -> Res
     } else {
         return Err(Error::data("the case does not say how many rows and columns its latent grid has")
             .at(&case.path)
-            .expected("img_ids, or height and width in the metadata, or a transformer.safetensors beside it, or --height and --width")
+            .expected("img_ids, or height and width in the metadata, or a transformer.safetensors beside it, or --grid HxW")
             .found(format!("{tokens} tokens")));
     };
     if height.checked_mul(width) != Some(tokens) {
@@ -300,4 +317,80 @@ fn optimizer(case: &Case) -> Result<OptimizerConfig> {
     }
     let [beta1, beta2] = o.betas;
     Ok(OptimizerConfig { learning_rate: o.lr, weight_decay: o.weight_decay, beta1, beta2, eps: o.eps, max_grad_norm: o.max_grad_norm })
+}
+
+#[cfg(test)]
+mod tests {
+    #![allow(clippy::unwrap_used, clippy::expect_used)]
+    use super::*;
+
+    fn goldens() -> PathBuf {
+        Path::new(env!("CARGO_MANIFEST_DIR")).join("../tests/fixtures/goldens")
+    }
+
+    /// The inputs of the golden step alone, in a folder of their own, with another metadata entry or another ending of the list.
+    fn case_in(folder: &Path, metadata: &[(&str, &str)], without: &str) -> PathBuf {
+        let golden = Case::open(&goldens().join("cases/lora_step.safetensors")).unwrap();
+        let inputs = golden.tensors.names().filter(|n| ["x0", "noise", "sigma", "ctx"].contains(n) || n.starts_with("init."));
+        let tensors: Outputs = inputs.filter(|n| *n != without).map(|n| (n.to_string(), golden.tensor(n).unwrap())).collect();
+        let mut described = golden.metadata.clone();
+        for (key, value) in metadata {
+            described.insert((*key).to_string(), (*value).to_string());
+        }
+        described.remove(without);
+        let path = folder.join("case.safetensors");
+        std::fs::write(&path, lora_file::safetensors_bytes(&described, &tensors).unwrap()).unwrap();
+        path
+    }
+
+    fn request(case: PathBuf, grid: Option<(usize, usize)>) -> Request {
+        let out = case.with_file_name("out.safetensors");
+        let lora = Some(case.with_file_name("lora.safetensors"));
+        Request { kind: Kind::LoraStep, model: goldens().join("model"), case, out, grid, lora }
+    }
+
+    #[test]
+    fn inputs_alone_are_enough_and_the_lora_is_the_reference_s() {
+        let folder = tempfile::tempdir().unwrap();
+        let case = case_in(folder.path(), &[("height", "4"), ("width", "6")], "");
+        run(&request(case.clone(), None)).unwrap();
+        let first = std::fs::read(folder.path().join("out.safetensors")).unwrap();
+        // The same grid from the command line, and from a file beside the case: the same bytes.
+        case_in(folder.path(), &[], "");
+        run(&request(case.clone(), Some((4, 6)))).unwrap();
+        assert_eq!(first, std::fs::read(folder.path().join("out.safetensors")).unwrap());
+        std::fs::copy(goldens().join("cases/transformer.safetensors"), folder.path().join("transformer.safetensors")).unwrap();
+        run(&request(case.clone(), None)).unwrap();
+        assert_eq!(first, std::fs::read(folder.path().join("out.safetensors")).unwrap());
+        let ours = lora_file::read(&folder.path().join("lora.safetensors"), &Device::Cpu).unwrap();
+        let theirs = lora_file::read(&goldens().join("cases/lora_diffusers.safetensors"), &Device::Cpu).unwrap();
+        assert_eq!((ours.rank, ours.alpha, ours.adapters.len()), (theirs.rank, theirs.alpha, theirs.adapters.len()));
+        for (x, y) in ours.adapters.iter().zip(&theirs.adapters) {
+            assert_eq!(x.name, y.name);
+            for (x, y) in [(&x.a, &y.a), (&x.b, &y.b)] {
+                let difference = (x - y).unwrap().abs().unwrap().max_all().unwrap().to_scalar::<f32>().unwrap();
+                assert!(difference < 1e-5, "{difference}");
+            }
+        }
+    }
+
+    #[test]
+    fn missing_and_contradicting_inputs_are_refused() {
+        let grid = [("height", "4"), ("width", "6")];
+        for without in ["x0", "noise", "sigma", "ctx", "rank", "alpha", "guidance", "optimizer", "height", "width"] {
+            let folder = tempfile::tempdir().unwrap();
+            let error = run(&request(case_in(folder.path(), &grid, without), None)).unwrap_err();
+            assert_eq!(error.exit_code(), 65, "{without}: {error}");
+            assert!(!folder.path().join("out.safetensors").exists());
+        }
+        for (key, value) in [("width", "5"), ("rank", "3"), ("alpha", "x"), ("optimizer", "{}"), ("guidance", "much")] {
+            let folder = tempfile::tempdir().unwrap();
+            let mut metadata = grid.to_vec();
+            metadata.push((key, value));
+            let error = run(&request(case_in(folder.path(), &metadata, ""), None)).unwrap_err();
+            assert_eq!(error.exit_code(), 65, "{key} {value}: {error}");
+        }
+        let absent = request(PathBuf::from("/nonexistent/case.safetensors"), None);
+        assert_eq!(run(&absent).unwrap_err().exit_code(), 69);
+    }
 }

@@ -36,7 +36,7 @@ fn compare(kind: Kind, model: &str, case: &str, tolerance: impl Fn(&str) -> f64)
     let path = goldens().join("model").join(model);
     let source = TransformerSource::open(&model_path::resolve_path(path.to_str().unwrap()).unwrap()).unwrap();
     let case_path = goldens().join("cases").join(case);
-    let ours = parity::compute(kind, &source, &Case::open(&case_path).unwrap(), None).unwrap();
+    let ours = parity::compute(kind, &source, &Case::open(&case_path).unwrap(), None).unwrap().outputs;
     let golden = serenity_protocol::checkpoint::Checkpoint::open(&case_path).unwrap();
     let mut compared = 0;
     let mut worst = 0f64;
