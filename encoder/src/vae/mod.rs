@@ -1,6 +1,6 @@
 //! The VAE of FLUX.2: image to latent and back, and latent to the tokens that the transformer sees.
 //!
-//! [`config`] is its geometry, [`names`] the two spellings of its tensors, [`layers`] the parts, [`networks`] encoder and decoder made of
+//! [`config`] is its geometry, `names` the two spellings of its tensors, `layers` the parts, `networks` encoder and decoder made of
 //! them, and this file the way from the encoder's output to tokens: the mean of the posterior (no sampling), 2 x 2 pixels of the latent
 //! into one token (channel slowest, then row, then column), *then* the batch norm's statistics (`spec/flux2.md` 3).
 
