@@ -11,6 +11,7 @@ use std::time::Duration;
 
 use serde_json::{Value, json};
 use serenity_loader::slab_tool::build::{self, BuildOptions};
+use serenity_loader::slab_tool::repack::repack;
 use serenity_loader::slab_tool::synth::{Preset, SynthOptions, synth};
 use serenity_protocol::checkpoint::Checkpoint;
 use serenity_protocol::model_path::{TransformerSource, resolve_path};
@@ -60,6 +61,22 @@ fn both_namings_give_the_same_slab() {
     assert_same_files(a.path(), b.path(), &FILES);
     let left: Vec<_> = std::fs::read_dir(a.path()).unwrap().map(|e| e.unwrap().file_name().into_string().unwrap()).collect();
     assert_eq!(left.len(), 3, "left behind: {left:?}");
+}
+
+#[test]
+fn the_original_slab_repacked_is_the_slab_that_we_build() {
+    let (repacked, built) = (tempfile::tempdir().unwrap(), tempfile::tempdir().unwrap());
+    let (slab, manifest) = slab_common::golden_slab_paths();
+    let model = golden("model");
+    let report =
+        repack(&Slab::open(&slab, &manifest).unwrap(), model.to_str().unwrap(), &repacked.path().join("slab"), &process()).unwrap();
+    build_into(built.path(), &model);
+    assert_same_files(repacked.path(), built.path(), &FILES);
+    // Onto itself it would destroy what it reads.
+    let slab = Slab::open(&report.files.slab, &report.files.manifest).unwrap();
+    let onto_itself = repack(&slab, model.to_str().unwrap(), &repacked.path().join("slab"), &process()).unwrap_err();
+    assert_eq!(onto_itself.exit_code(), 64);
+    assert_same_files(repacked.path(), built.path(), &FILES);
 }
 
 #[test]

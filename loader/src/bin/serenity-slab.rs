@@ -5,9 +5,9 @@ use std::path::{Path, PathBuf};
 use std::process::ExitCode;
 
 use clap::{Args, Parser, Subcommand};
-use serenity_loader::slab_tool::build::{self, BuildOptions};
+use serenity_loader::slab_tool::build::{self, BuildOptions, BuildReport};
 use serenity_loader::slab_tool::synth::{self, Preset, SynthOptions};
-use serenity_loader::slab_tool::{info, verify};
+use serenity_loader::slab_tool::{info, repack, verify};
 use serenity_protocol::message::{FromChild, Role};
 use serenity_protocol::process::{self, Process};
 use serenity_protocol::slab::Slab;
@@ -32,6 +32,8 @@ enum Command {
     Verify(VerifyArgs),
     /// Describe a slab
     Info(InfoArgs),
+    /// Give a slab of the original builder our layout, checksums and companion file
+    Repack(RepackArgs),
     /// Make a model of random weights, in the Hugging Face layout or as a slab only
     Synth(SynthArgs),
 }
@@ -103,6 +105,21 @@ struct InfoArgs {
 }
 
 #[derive(Args)]
+struct RepackArgs {
+    #[command(flatten)]
+    slab: SlabArgs,
+    /// The model that the slab was built from: its tensors outside the blocks go into the companion file
+    #[arg(long, value_name = "PATH")]
+    model: String,
+    /// Path and name of the new slab's files, without an ending
+    #[arg(long, value_name = "PREFIX")]
+    output: PathBuf,
+    /// Print the result as JSON
+    #[arg(long)]
+    json: bool,
+}
+
+#[derive(Args)]
 struct SynthArgs {
     /// Which model
     #[arg(long, value_enum)]
@@ -131,6 +148,7 @@ fn main() -> ExitCode {
         Command::Build(args) => run_build(args, process),
         Command::Verify(args) => run_verify(args, process),
         Command::Info(args) => run_info(args, process),
+        Command::Repack(args) => run_repack(args, process),
         Command::Synth(args) => run_synth(args, process),
     })
 }
@@ -153,8 +171,18 @@ fn run_build(args: BuildArgs, process: &Process) -> Result<()> {
     };
     process.send(&FromChild::Ready);
     let report = build::build(&options, process)?;
+    built(&report, args.json, process)
+}
+
+fn run_repack(args: RepackArgs, process: &Process) -> Result<()> {
+    let report = repack::repack(&open(&args.slab)?, &args.model, &args.output, process)?;
+    built(&report, args.json, process)
+}
+
+/// Reports the files of a slab.
+fn built(report: &BuildReport, json: bool, process: &Process) -> Result<()> {
     let files = [&report.files.slab, &report.files.manifest, &report.files.companion].map(|p| p.display().to_string());
-    if args.json {
+    if json {
         print_json(&serde_json::json!({
             "slab": files[0], "manifest": files[1], "companion": files[2], "layers": report.layers, "bytes": report.bytes,
             "resumed_bytes": report.resumed_bytes, "seconds": report.seconds,

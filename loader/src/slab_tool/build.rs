@@ -191,21 +191,23 @@ pub fn build(options: &BuildOptions, process: &Process) -> Result<BuildReport> {
     )?;
     let companion = companion::write(&others, &source, &files, &mut progress)?;
     let manifest = assemble(source.geometry(), options.architecture_id.clone(), &plan, page_bytes, hashes, companion);
-    remove_manifest(&files)?;
-    publish(&files.partial, &files.slab)?;
-    publish(&files.companion_partial, &files.companion)?;
-    atomic_file::write(&files.manifest, manifest.to_json()?.as_bytes())?;
-    // Both are done with; a leftover would only be overwritten by the next build.
-    let _ = std::fs::remove_file(&files.journal);
+    finish(&files, &manifest)?;
     Ok(BuildReport { layers: plan.linears.len(), bytes: total, resumed_bytes, seconds: started.elapsed().as_secs_f64(), files })
 }
 
-/// Removes an older manifest of the same name before its slab is replaced: without it nobody takes a mixture for a slab.
-pub(super) fn remove_manifest(files: &SlabFiles) -> Result<()> {
+/// Gives the finished files their names: slab, companion, manifest.
+pub(super) fn finish(files: &SlabFiles, manifest: &Manifest) -> Result<()> {
+    // An older slab of this name is being replaced: without its manifest nobody takes a mixture for a slab.
     match std::fs::remove_file(&files.manifest) {
-        Err(e) if e.kind() != std::io::ErrorKind::NotFound => Err(Error::io("cannot replace the old manifest", &files.manifest, e)),
-        _ => Ok(()),
+        Err(e) if e.kind() != std::io::ErrorKind::NotFound => return Err(Error::io("cannot replace the old manifest", &files.manifest, e)),
+        _ => {}
     }
+    publish(&files.partial, &files.slab)?;
+    publish(&files.companion_partial, &files.companion)?;
+    atomic_file::write(&files.manifest, manifest.to_json()?.as_bytes())?;
+    // Done with; a leftover would only be overwritten by the next build.
+    let _ = std::fs::remove_file(&files.journal);
+    Ok(())
 }
 
 /// Refuses what the quantiser cannot read before anything is written.

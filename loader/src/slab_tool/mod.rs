@@ -8,6 +8,7 @@ pub mod companion;
 pub mod info;
 pub mod plan;
 mod progress;
+pub mod repack;
 pub mod source;
 pub mod synth;
 pub mod verify;

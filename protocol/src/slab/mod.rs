@@ -250,7 +250,10 @@ impl Slab {
     }
 
     /// The layer of a linear, checked against its shape and for the absence of a bias.
-    pub(crate) fn layer_for(&self, linear: &LinearSpec) -> Result<&SlabLayer, String> {
+    ///
+    /// # Errors
+    /// One line that names the linear and says what is wrong.
+    pub fn layer_for(&self, linear: &LinearSpec) -> Result<&SlabLayer, String> {
         let name = &linear.name;
         let layer = self.layer(name).ok_or_else(|| format!("linear '{name}' is missing"))?;
         if (layer.out_features, layer.in_features) != (linear.out_features, linear.in_features) {

@@ -8,13 +8,13 @@ use std::sync::mpsc::sync_channel;
 
 use rayon::prelude::*;
 use serenity_protocol::process::Process;
-use serenity_protocol::{Error, Result, atomic_file};
+use serenity_protocol::{Error, Result};
 
 use super::super::build::{self, SlabFiles};
 use super::super::companion::CompanionPlan;
 use super::super::plan::{Content, SlabPlan};
 use super::super::progress::{Progress, joined};
-use super::super::writer::{FileHashes, FileWriter, check_free_space, publish};
+use super::super::writer::{FileHashes, FileWriter, check_free_space};
 use super::random::Stream;
 use super::{Preset, component, transformer};
 
@@ -46,10 +46,7 @@ pub fn synth_slab(preset: Preset, prefix: &Path, seed: u64, process: &Process) -
     let written = component::write_planned(&others.file, &files.companion_partial, &specs, seed, &mut progress)?;
     let companion = others.manifest_entry(&files.companion, written)?;
     let manifest = build::assemble(&geometry, None, &plan, page_bytes, hashes, companion);
-    build::remove_manifest(&files)?;
-    publish(&files.partial, &files.slab)?;
-    publish(&files.companion_partial, &files.companion)?;
-    atomic_file::write(&files.manifest, manifest.to_json()?.as_bytes())?;
+    build::finish(&files, &manifest)?;
     Ok((files, total))
 }
 
