@@ -131,14 +131,13 @@ impl<'w> Stream<'w> {
         &self,
         x: &Tensor,
         p: Projected,
-        modulation: &StreamModulation,
-        rope: &Rope,
+        context: (&StreamModulation, &Rope),
         dqkv: [Tensor; 3],
         need_input: bool,
         grads: &mut AdapterGrads,
     ) -> Result<Option<Tensor>> {
         let Dims { heads, eps, .. } = self.dims;
-        let [dq, dk, dv] = dqkv;
+        let ([dq, dk, dv], (modulation, rope)) = (dqkv, context);
         let dq = qk_norm_rope::backward(&p.q, heads, self.norm_q, rope, eps, &dq)?;
         let dk = qk_norm_rope::backward(&p.k, heads, self.norm_k, rope, eps, &dk)?;
         let dv = qk_norm_rope::join_heads(&dv)?;
@@ -210,9 +209,9 @@ impl<'w> DoubleBlock<'w> {
         let rows = |first: usize, len: usize| -> Result<[Tensor; 3]> {
             Ok([dq.narrow(2, first, len)?, dk.narrow(2, first, len)?, dv.narrow(2, first, len)?])
         };
-        let (timage, ttext) = (rows(l, s)?, rows(0, l)?);
-        let image = self.image.project_backward(&x.image, state.image, &cond.image, &positions.image, timage, need_input, grads)?;
-        let text = self.text.project_backward(&x.text, state.text, &cond.text, &positions.text, ttext, need_input, grads)?;
+        let (dimage_qkv, dtext_qkv) = (rows(l, s)?, rows(0, l)?);
+        let image = self.image.project_backward(&x.image, state.image, (&cond.image, &positions.image), dimage_qkv, need_input, grads)?;
+        let text = self.text.project_backward(&x.text, state.text, (&cond.text, &positions.text), dtext_qkv, need_input, grads)?;
         let (Some(image), Some(text)) = (image, text) else { return Ok(None) };
         Ok(Some(Streams { image: gate::add(image, &dimage)?, text: gate::add(text, &dtext)? }))
     }

@@ -4,6 +4,8 @@
 //! from a [`BlockSource`] and leave again; what stays is [`OtherWeights`], the [`AdapterSet`] and the inputs of the blocks. The backward
 //! pass is derived by hand, because that of a tensor library would compute (and allocate) gradients of frozen weights.
 
+#![forbid(unsafe_code)]
+
 mod adapter;
 mod batch;
 mod block;
