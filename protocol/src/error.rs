@@ -11,24 +11,24 @@ use std::path::{Path, PathBuf};
 /// `Result` with [`Error`].
 pub type Result<T, E = Error> = std::result::Result<T, E>;
 
-/// A failure, by what the caller of the process should do about it.
+/// A failure, by what the caller of the process should do about it. Boxed, so that a `Result` costs a pointer where all is well.
 #[derive(Debug, thiserror::Error)]
 pub enum Error {
     /// The configuration or the command line is wrong (exit 64). A restart cannot help.
     #[error("{0}")]
-    Config(Detail),
+    Config(Box<Detail>),
     /// A file's content is wrong: corrupt slab, cache entry, checkpoint (exit 65). A restart cannot help.
     #[error("{0}")]
-    Data(Detail),
+    Data(Box<Detail>),
     /// Something needed is missing, or held by another process (exit 69).
     #[error("{0}")]
-    Absent(Detail),
+    Absent(Box<Detail>),
     /// An invariant of the program broke (exit 70): a defect, never the user's fault.
     #[error("{0}")]
-    Invariant(Detail),
+    Invariant(Box<Detail>),
     /// The same command may succeed later: disk full, interrupted (exit 75).
     #[error("{0}")]
-    TryAgain(Detail),
+    TryAgain(Box<Detail>),
 }
 
 /// What, where, expected, found, what to do. Built with the `Error::config("…")` family and the chained setters of [`Error`].
@@ -65,7 +65,7 @@ macro_rules! constructors {
     ($($(#[$doc:meta])* $name:ident => $variant:ident),* $(,)?) => {$(
         $(#[$doc])*
         pub fn $name(what: impl Into<String>) -> Self {
-            Error::$variant(Detail { what: what.into(), ..Detail::default() })
+            Error::$variant(Box::new(Detail { what: what.into(), ..Detail::default() }))
         }
     )*};
 }

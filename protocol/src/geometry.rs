@@ -127,7 +127,9 @@ impl TransformerGeometry {
                 return bad(format!("{name} is {value}, expected 1 to {max}"));
             }
         }
-        if !(self.mlp_ratio > 0.0 && self.mlp_ratio <= 64.0) || !(self.rope_theta > 1.0) || !(self.eps > 0.0) {
+        let usable = self.mlp_ratio > 0.0 && self.mlp_ratio <= 64.0 && self.rope_theta > 1.0 && self.eps > 0.0;
+        // Written so that NaN is unusable.
+        if !usable {
             return bad(format!("mlp_ratio {}, rope_theta {} and eps {} must be positive", self.mlp_ratio, self.rope_theta, self.eps));
         }
         Ok(())

@@ -167,6 +167,17 @@ fn watch_parent(stop: &AtomicBool) -> Result<()> {
     Ok(())
 }
 
+/// Parses the command line; a wrong one ends with exit 64 and the parser's message, `--help` and `--version` with 0.
+///
+/// # Errors
+/// The exit code to end with.
+pub fn parse<T: clap::Parser>() -> std::result::Result<T, ExitCode> {
+    T::try_parse().map_err(|e| {
+        let _ = e.print();
+        if e.use_stderr() { ExitCode::from(64) } else { ExitCode::SUCCESS }
+    })
+}
+
 /// Runs a program: sets up logging (and a trace file), runs `body`, reports its error, returns the exit code.
 pub fn main(role: Role, trace: Option<&Path>, body: impl FnOnce(&Process) -> Result<()>) -> ExitCode {
     let guard = match start_logging(role, trace) {
@@ -216,7 +227,8 @@ pub fn start_logging(name: impl std::fmt::Display, trace: Option<&Path>) -> Resu
             let file = std::fs::File::create(path).map_err(|e| Error::io("cannot create the trace file", path, e))?;
             let (layer, guard) = tracing_chrome::ChromeLayerBuilder::new().writer(file).include_args(true).build();
             chrome_guard = Some(guard);
-            Some(layer.with_filter(EnvFilter::new("trace")))
+            // Our own spans only: libraries log thousands of lines a second at this level.
+            Some(layer.with_filter(EnvFilter::new("off,serenity=trace")))
         }
     };
     // A second initialisation (tests in one process) keeps the first.

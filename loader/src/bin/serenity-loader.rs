@@ -65,7 +65,10 @@ struct BenchArgs {
 }
 
 fn main() -> ExitCode {
-    let cli = Cli::parse();
+    let cli = match process::parse::<Cli>() {
+        Ok(cli) => cli,
+        Err(code) => return code,
+    };
     process::main(Role::Loader, cli.trace.as_deref(), |process| match &cli.command {
         Some(Command::Bench(args)) => run_bench(args),
         None => serve(&cli, process),
