@@ -101,7 +101,7 @@ pub fn run(process: &Process, config: Config, options: &Options<'_>) -> Result<R
         return Err(Error::config("--geometry needs --synthetic: a slab has the geometry of its model"));
     }
     let mut parts = if options.synthetic { synthetic_parts(config, options.geometry)? } else { open::parts(process, config)? };
-    let (matmul, copy) = (matmul_rate(&parts)?, copy_rate());
+    let matmul = matmul_rate(&parts)?;
     let mut adapters = parts.fresh_adapters()?;
     let mut optimizer = AdamW::new(&parts.config.optimizer, &adapters);
     let mut batches = Batches::new(parts.batch_plan()?);
@@ -132,6 +132,9 @@ pub fn run(process: &Process, config: Config, options: &Options<'_>) -> Result<R
         }
     }
     parts.source.finish();
+    // Before the copy is measured, whose buffers are no part of a step.
+    let memory_mb = memory::current();
+    let copy = copy_rate();
     let floor_s = (step_flop / matmul).max(moved as f64 / copy);
     let step_median_s = median(&seconds);
     Ok(Report {
@@ -152,7 +155,7 @@ pub fn run(process: &Process, config: Config, options: &Options<'_>) -> Result<R
         step_max_s: seconds.iter().copied().fold(0.0, f64::max),
         ratio: step_median_s / floor_s,
         phases_s: median_phases(&phases),
-        memory_mb: memory::current(),
+        memory_mb,
     })
 }
 

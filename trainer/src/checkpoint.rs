@@ -69,9 +69,8 @@ pub fn list(folder: &Path) -> Result<Vec<(u64, PathBuf)>> {
         Err(e) if e.kind() == std::io::ErrorKind::NotFound => return Ok(Vec::new()),
         Err(e) => return Err(Error::io("cannot read the checkpoint folder", folder, e)),
     };
-    let step_of = |path: &Path| -> Option<u64> {
-        path.file_name()?.to_str()?.strip_prefix("step_")?.strip_suffix(".safetensors")?.parse().ok()
-    };
+    let step_of =
+        |path: &Path| -> Option<u64> { path.file_name()?.to_str()?.strip_prefix("step_")?.strip_suffix(".safetensors")?.parse().ok() };
     let mut found = Vec::new();
     for entry in entries {
         let path = entry.map_err(|e| Error::io("cannot read the checkpoint folder", folder, e))?.path();
@@ -234,7 +233,12 @@ fn verified(path: &Path) -> Result<(Head, Vec<u8>)> {
 /// # Errors
 /// As [`read`]; [`Error::Config`] for a path that is a folder or of a step after `max_step`.
 pub fn find(
-    folder: &Path, resume: &Resume, max_step: u64, settings: &Settings, config: &OptimizerConfig, device: &Device,
+    folder: &Path,
+    resume: &Resume,
+    max_step: u64,
+    settings: &Settings,
+    config: &OptimizerConfig,
+    device: &Device,
     notice: &mut dyn FnMut(String),
 ) -> Result<Option<Checkpoint>> {
     match resume {
@@ -245,7 +249,10 @@ pub fn find(
             }
             let found = read(path, settings, config, device)?;
             if found.step > max_step {
-                return Err(Error::config("the checkpoint is of a step after the end of the run").at(path).expected(max_step).found(found.step));
+                return Err(Error::config("the checkpoint is of a step after the end of the run")
+                    .at(path)
+                    .expected(max_step)
+                    .found(found.step));
             }
             Ok(Some(found))
         }

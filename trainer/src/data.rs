@@ -255,8 +255,8 @@ pub struct Row {
 pub enum SigmaOf {
     /// This level.
     Fixed(f32),
-    /// Drawn, shifted by the sample's number of tokens.
-    Drawn(TimestepConfig, rng::ChaCha8Rng),
+    /// That of this uniform value in (0, 1), shifted by the sample's number of tokens.
+    Drawn(TimestepConfig, f64),
 }
 
 impl HostBatch {
@@ -270,9 +270,9 @@ impl HostBatch {
         for mut row in rows {
             let (text, latent) = (samples.text(row.sample)?, samples.latent(row.sample)?);
             check_fit(geometry, &text, &latent)?;
-            let sigma = match &mut row.sigma {
-                SigmaOf::Fixed(sigma) => *sigma,
-                SigmaOf::Drawn(config, stream) => timestep::draw(config, latent.height * latent.width, stream),
+            let sigma = match row.sigma {
+                SigmaOf::Fixed(sigma) => sigma,
+                SigmaOf::Drawn(config, uniform) => timestep::level(&config, latent.height * latent.width, uniform),
             };
             let noise = rng::normals(&mut row.noise, latent.tokens.len());
             let into = batch.get_or_insert_with(|| Self::empty(&text, &latent));
@@ -382,7 +382,7 @@ impl BatchPlan {
         let samples = self.order.at(first..first + rows);
         let row = |(i, sample): (usize, &usize)| Row {
             sample: *sample,
-            sigma: SigmaOf::Drawn(self.timestep, rng::stream(self.seed, "sigma", step, i as u64)),
+            sigma: SigmaOf::Drawn(self.timestep, rng::unit(&mut rng::stream(self.seed, "sigma", step, i as u64))),
             noise: rng::stream(self.seed, "noise", step, i as u64),
         };
         let rows: Vec<(usize, &usize)> = samples.iter().enumerate().collect();

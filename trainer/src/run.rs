@@ -232,11 +232,12 @@ impl<'p> Run<'p> {
             return self.log.append(&LogLine { val_loss, ..LogLine::default() });
         }
         let lines = log::read(&self.outputs.log)?;
-        if lines.iter().any(|l| l.step == self.step && l.val_loss.is_none()) {
-            if let (Some(val_loss), _) = self.validate()? {
-                log::amend_validation(&self.outputs.log, self.step, val_loss)?;
-                self.log = JsonLines::open(&self.outputs.log, Some(self.step))?;
-            }
+        if lines.iter().any(|l| l.step == self.step && l.val_loss.is_none())
+            && let (Some(val_loss), _) = self.validate()?
+        {
+            log::amend_validation(&self.outputs.log, self.step, val_loss)?;
+            // The file was replaced: what is appended must go to the new one.
+            self.log = JsonLines::open(&self.outputs.log, Some(self.step))?;
         }
         Ok(())
     }
@@ -407,7 +408,8 @@ impl<'p> Run<'p> {
         self.process.send(&FromChild::Saved { step: self.step, path: self.outputs.lora.display().to_string() });
         let lines = log::read(&self.outputs.log)?;
         plot::write(&self.outputs.plot, &self.parts.config.name, &lines)?;
-        let files: Vec<String> = [&self.outputs.lora, &self.outputs.plot, &self.outputs.log].iter().map(|p| p.display().to_string()).collect();
+        let files: Vec<String> =
+            [&self.outputs.lora, &self.outputs.plot, &self.outputs.log].iter().map(|p| p.display().to_string()).collect();
         tracing::info!("done: {}", files.join(", "));
         self.process.send(&FromChild::Done { files });
         Ok(self.outputs)

@@ -135,3 +135,76 @@ fn read_checked(file: &File, slab: &Slab, range: &Range<u64>) -> Result<Vec<u8>>
     let inside = (range.start.saturating_sub(start)) as usize..(range.end.saturating_sub(start)) as usize;
     bytes.get(inside).map(<[u8]>::to_vec).ok_or_else(|| Error::data("the slab ends before a weight").at(slab.path()).offset(range.end))
 }
+
+#[cfg(test)]
+mod tests {
+    #![allow(clippy::unwrap_used, clippy::expect_used)]
+    use super::*;
+    use crate::optimizer::host;
+    use serenity_protocol::message::Role;
+    use std::path::{Path, PathBuf};
+
+    fn golden() -> (PathBuf, PathBuf, TransformerGeometry) {
+        let root = Path::new(env!("CARGO_MANIFEST_DIR")).join("../tests/fixtures/goldens");
+        let slab = root.join("cases/squareq/flux2tiny_int8.safetensors");
+        let manifest = root.join("cases/squareq/flux2tiny_int8.manifest.json");
+        (slab, manifest, TransformerGeometry::from_config_file(&root.join("model/transformer/config.json")).unwrap())
+    }
+
+    /// Codes times scales straight from the safetensors file, without this program's reader.
+    fn reference(slab: &Path, manifest: &Path, linear: &str) -> Vec<f32> {
+        let manifest: serde_json::Value = serde_json::from_str(&std::fs::read_to_string(manifest).unwrap()).unwrap();
+        let layers = manifest["layers"].as_array().unwrap();
+        let layer = layers.iter().find(|l| l["canonical_name"] == linear).unwrap();
+        let bytes = std::fs::read(slab).unwrap();
+        let file = safetensors::SafeTensors::deserialize(&bytes).unwrap();
+        let tensor = |key: &str| file.tensor(layer[key].as_str().unwrap()).unwrap();
+        let (codes, scales) = (tensor("qweight_key"), tensor("scale_key"));
+        let (padded, columns) = (codes.shape()[1], layer["orig_shape"][1].as_u64().unwrap() as usize);
+        let scale = |row: usize| f32::from_le_bytes(scales.data()[4 * row..4 * row + 4].try_into().unwrap());
+        let value = |i: usize| f32::from(codes.data()[i / columns * padded + i % columns] as i8) * scale(i / columns);
+        (0..codes.shape()[0] * columns).map(|i| bf16::from_f32(value(i)).to_f32()).collect()
+    }
+
+    #[test]
+    fn weights_are_codes_times_scales() {
+        let (slab, manifest, geometry) = golden();
+        let opened = Slab::open(&slab, &manifest).unwrap();
+        let process = Process::detached(Role::Trainer);
+        let mut source = SlabSource::open(&opened, &geometry, &Device::Cpu, DType::F32, &process).unwrap();
+        let visits: Vec<BlockId> = geometry.blocks().chain(geometry.blocks().rev()).collect();
+        source.request(&visits).unwrap();
+        for block in visits {
+            let weights = source.next(block).unwrap();
+            for spec in geometry.block_linears(block) {
+                let short = spec.name.strip_prefix(&geometry.block_prefix(block)).unwrap().trim_start_matches('.');
+                assert_eq!(host(weights.linear(short).unwrap()).unwrap(), reference(&slab, &manifest, &spec.name), "{}", spec.name);
+            }
+        }
+        assert_eq!(source.next(BlockId(0)).unwrap_err().exit_code(), 70, "a visit that was not announced");
+    }
+
+    #[test]
+    fn a_truncated_slab_is_refused() {
+        let (slab, manifest, geometry) = golden();
+        let dir = tempfile::tempdir().unwrap();
+        let cut = dir.path().join("cut.safetensors");
+        std::fs::copy(&slab, &cut).unwrap();
+        // Cut after it was opened: the header's checks are over.
+        let opened = Slab::open(&cut, &manifest).unwrap();
+        let file = File::options().write(true).open(&cut).unwrap();
+        file.set_len(opened.file_bytes() / 2).unwrap();
+        let process = Process::detached(Role::Trainer);
+        let error = SlabSource::open(&opened, &geometry, &Device::Cpu, DType::F32, &process).err().unwrap();
+        assert_eq!(error.exit_code(), 65, "{error}");
+    }
+
+    #[test]
+    fn a_stop_is_heard_while_reading() {
+        let (slab, manifest, geometry) = golden();
+        let process = Process::detached(Role::Trainer);
+        process.stop_flag().store(true, std::sync::atomic::Ordering::Relaxed); // read by the same thread
+        let opened = Slab::open(&slab, &manifest).unwrap();
+        assert_eq!(SlabSource::open(&opened, &geometry, &Device::Cpu, DType::F32, &process).err().unwrap().exit_code(), 75);
+    }
+}

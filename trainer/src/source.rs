@@ -125,7 +125,11 @@ impl BlockSource for Metered<'_> {
         let started = Instant::now();
         let weights = self.source.next(block)?;
         let seconds = started.elapsed().as_secs_f64();
-        if self.visits < self.forward_visits { self.forward_seconds += seconds } else { self.backward_seconds += seconds }
+        if self.visits < self.forward_visits {
+            self.forward_seconds += seconds
+        } else {
+            self.backward_seconds += seconds
+        }
         self.visits += 1;
         self.promotions += weights.widened() as u64;
         Ok(weights)

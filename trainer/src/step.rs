@@ -56,7 +56,12 @@ pub struct StepContext<'c> {
 ///
 /// # Errors
 /// [`Error::TryAgain`] if the process is asked to stop; what model and source report.
-pub fn compute(context: &StepContext<'_>, source: &mut dyn TrainingSource, adapters: &AdapterSet, batches: &[HostBatch]) -> Result<Computed> {
+pub fn compute(
+    context: &StepContext<'_>,
+    source: &mut dyn TrainingSource,
+    adapters: &AdapterSet,
+    batches: &[HostBatch],
+) -> Result<Computed> {
     let model = context.model;
     let before = source.counters();
     let started = Instant::now();

@@ -6,7 +6,7 @@
 
 use serenity_protocol::config::{TimestepConfig, TimestepDistribution};
 
-use crate::rng::{self, ChaCha8Rng};
+use crate::rng;
 
 /// Lowest noise level: the last entry of the reference's training table of 1000 levels.
 pub const SIGMA_MIN: f64 = 1e-3;
@@ -38,10 +38,10 @@ pub fn quantile(distribution: TimestepDistribution, uniform: f64) -> f64 {
     }
 }
 
-/// Draws the noise level of a sample of `tokens` image tokens; uses one word of the stream.
+/// The noise level of a sample of `tokens` image tokens for a uniform value in (0, 1).
 #[must_use]
-pub fn draw(config: &TimestepConfig, tokens: usize, stream: &mut ChaCha8Rng) -> f32 {
-    shifted(quantile(config.distribution, rng::unit(stream)), shift(config, tokens))
+pub fn level(config: &TimestepConfig, tokens: usize, uniform: f64) -> f32 {
+    shifted(quantile(config.distribution, uniform), shift(config, tokens))
 }
 
 #[cfg(test)]
@@ -69,7 +69,7 @@ mod tests {
     fn levels_are_in_range_and_follow_the_distribution() {
         for distribution in [TimestepDistribution::LogitNormal, TimestepDistribution::Uniform] {
             let config = config(distribution, 1.0, false);
-            let drawn: Vec<f32> = (0..4000).map(|i| draw(&config, 64, &mut rng::stream(3, "sigma", i, 0))).collect();
+            let drawn: Vec<f32> = (0..4000).map(|i| level(&config, 64, rng::unit(&mut rng::stream(3, "sigma", i, 0)))).collect();
             assert!(drawn.iter().all(|s| *s >= SIGMA_MIN as f32 && *s <= 1.0));
             let mean = drawn.iter().map(|s| f64::from(*s)).sum::<f64>() / 4000.0;
             let outer = drawn.iter().filter(|s| **s < 0.2689 || **s > 0.7311).count() as f64 / 4000.0;

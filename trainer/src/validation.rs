@@ -25,7 +25,13 @@ impl Validation {
     ///
     /// # Errors
     /// As [`HostBatch::new`].
-    pub fn new(samples: &dyn Samples, geometry: &TransformerGeometry, count: usize, seed: u64, guidance: Option<f32>) -> Result<Option<Self>> {
+    pub fn new(
+        samples: &dyn Samples,
+        geometry: &TransformerGeometry,
+        count: usize,
+        seed: u64,
+        guidance: Option<f32>,
+    ) -> Result<Option<Self>> {
         let images = samples.repeats().len();
         if count == 0 || images == 0 {
             return Ok(None);
@@ -52,7 +58,9 @@ impl Validation {
         }
         let mean = sum / self.batches.len() as f64;
         if !mean.is_finite() {
-            return Err(Error::data("the validation loss is not finite").found(mean).advice("check the model's weights and the learning rate"));
+            return Err(Error::data("the validation loss is not finite")
+                .found(mean)
+                .advice("check the model's weights and the learning rate"));
         }
         Ok(mean)
     }
