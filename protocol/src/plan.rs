@@ -277,14 +277,16 @@ fn slab_plan(config: &Config, geometry: &TransformerGeometry, problems: &mut Vec
     let (path, manifest) = (&config.memory.slab_path, &config.memory.manifest_path);
     let mut plan = SlabPlan { path: path.clone(), manifest: manifest.clone(), state: SlabState::Missing, bytes: slab_bytes(geometry)? };
     match (path.exists(), manifest.exists()) {
-        (false, _) => return Ok(plan),
-        (true, false) if is_own_slab(config) => return Ok(plan),
-        (true, false) => problems.push(
+        (present, whole) if !present || (!whole && is_unfinished(config)) => {
+            check_buildable(path, manifest, problems);
+            return Ok(plan);
+        }
+        (_, false) => problems.push(
             Error::absent("the slab has no manifest")
                 .at(manifest)
                 .advice("correct memory.stagehand.squareq_manifest_path, or remove the slab to have both built again"),
         ),
-        (true, true) => {}
+        (_, true) => {}
     }
     if problems.is_empty() {
         match Slab::open(path, manifest).and_then(|s| s.check_model(geometry).map(|()| s)) {
@@ -300,9 +302,25 @@ fn slab_plan(config: &Config, geometry: &TransformerGeometry, problems: &mut Vec
     Ok(plan)
 }
 
-/// Whether the slab lies where only this run's builder puts one, so that half of one is left over from an interrupted build.
-fn is_own_slab(config: &Config) -> bool {
-    config.memory.slab_path.starts_with(&config.output_dir)
+/// Whether a slab without manifest is left over from an interrupted build, which writes the manifest last: it lies where only this run's
+/// builder puts one, or the builder's journal lies beside it.
+fn is_unfinished(config: &Config) -> bool {
+    let slab = &config.memory.slab_path;
+    slab.starts_with(&config.output_dir) || slab.with_extension("build.partial").exists()
+}
+
+/// The builder names the manifest after the slab; another name can only be that of a manifest that exists.
+fn check_buildable(slab: &Path, manifest: &Path, problems: &mut Vec<Error>) {
+    let built = slab.with_extension("manifest.json");
+    if manifest != built {
+        problems.push(
+            Error::config("the slab is missing and would be built with a manifest of another name than squareq_manifest_path")
+                .at(slab)
+                .expected(built.display())
+                .found(manifest.display())
+                .advice("remove memory.stagehand.squareq_manifest_path, or correct squareq_slab_path if the slab exists"),
+        );
+    }
 }
 
 /// Bytes of a slab of the blocks, without headers: padded INT8 rows, f32 scale and zero point of each row; and of its companion with
