@@ -7,7 +7,7 @@
 //! Failure: a worker's error ends the service with that error (corrupt slab: exit 65). Slots that were being filled stay FILLING and are
 //! freed by the next loader.
 
-use std::sync::atomic::{AtomicUsize, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
 use std::sync::mpsc::{Receiver, SyncSender, sync_channel};
 use std::sync::{Arc, Mutex, MutexGuard};
 use std::time::{Duration, Instant};
@@ -20,7 +20,7 @@ use serenity_protocol::process::Process;
 use serenity_protocol::ring::plan::RingPlan;
 use serenity_protocol::ring::producer::{Action, Job, Producer};
 use serenity_protocol::ring::segment::{RingRole, Segment};
-use serenity_protocol::ring::words::{Words, consumer, loader};
+use serenity_protocol::ring::words::{ChunkId, Words, consumer, loader};
 use serenity_protocol::slab::Slab;
 use serenity_protocol::{Error, Result};
 
@@ -40,6 +40,7 @@ struct Shared {
     file: Arc<SlabFile>,
     in_flight: AtomicUsize,
     failed: Mutex<Option<Error>>,
+    over: AtomicBool,
 }
 
 impl Shared {
@@ -79,6 +80,27 @@ impl Shared {
         let slot = unsafe { self.segment.slot_filling(job.slot) };
         let payload = self.filler.fill(job.content, fetched, &mut slot[..bytes])?;
         self.producer()?.publish(job, bytes as u64, payload)
+    }
+
+    /// Reads once, in the background, what no chunk ever needs (linears outside the blocks, in a slab that has them): a slab with a
+    /// damaged byte anywhere is refused, not only where this run happens to look.
+    fn check_rest(&self, process: &Process) -> Result<()> {
+        let mut needed = Vec::new();
+        for layout in &self.filler.layout().blocks {
+            for chunk in 0..self.filler.layout().chunks_of(layout.block) {
+                needed.extend(self.filler.file_ranges(ChunkId { block: layout.block.0, chunk: chunk as u16 })?);
+            }
+        }
+        let mut reader = Reader::new(self.file.clone());
+        let mut fetched = Fetched::new();
+        for range in self.file.pages_outside(&needed) {
+            // Relaxed: a lone flag, see `serve_segment`.
+            if process.stop_requested() || self.over.load(Ordering::Relaxed) {
+                break;
+            }
+            reader.fetch(std::slice::from_ref(&range), &mut fetched)?;
+        }
+        Ok(())
     }
 
     /// A retained chunk of an earlier loader: published if its bytes are what its descriptor says, else served anew.
@@ -129,6 +151,7 @@ pub fn serve_segment(plan: &RingPlan, slab: &Slab, geometry: &TransformerGeometr
         file,
         in_flight: AtomicUsize::new(0),
         failed: Mutex::new(None),
+        over: AtomicBool::new(false),
     };
     tracing::info!(
         slots = plan.spec.slots,
@@ -149,8 +172,20 @@ pub fn serve_segment(plan: &RingPlan, slab: &Slab, geometry: &TransformerGeometr
                 .spawn_scoped(scope, move || shared.work(receive))
                 .map_err(|e| Error::absent("cannot start a thread").cause(e))?;
         }
+        let shared_ref = &shared;
+        std::thread::Builder::new()
+            .name("check-rest".into())
+            .spawn_scoped(scope, move || {
+                if let Err(error) = shared_ref.check_rest(process) {
+                    shared_ref.fail(error);
+                }
+            })
+            .map_err(|e| Error::absent("cannot start a thread").cause(e))?;
         // The channel closes when `serve` returns, and the workers end with it.
-        serve(&shared, send, process)
+        let served = serve(&shared, send, process);
+        // Relaxed: a lone flag that the thread above looks at between reads.
+        shared.over.store(true, Ordering::Relaxed);
+        served
     })
 }
 

@@ -45,7 +45,7 @@ fn a_missing_image_folder_is_named() {
 
 #[test]
 fn no_data_at_all_says_how_to_give_some() {
-    refused(&json!({ "data": { "concepts": null } }), 64, &["--data", "data.concepts"]);
+    refused(&json!({ "data": { "concepts": null } }), 64, &["--data", "concepts"]);
 }
 
 /// A dataset of one good image, and `file` with `content` beside it.
@@ -136,8 +136,8 @@ fn a_checkpoint_of_another_configuration_is_refused() {
 
 #[test]
 fn a_ring_larger_than_shared_memory_is_refused() {
-    // A hundred times what the machine can have.
-    refused(&json!({ "memory": { "stagehand": { "pinned_pool_mb": 33554432, "ring_chunk_mb": 1024 } } }), 75, &["shared memory"]);
+    // 8 TiB, a hundred times what the machine can have.
+    refused(&json!({ "memory": { "stagehand": { "pinned_pool_mb": 8388608, "ring_chunk_mb": 1024 } } }), 75, &["/dev/shm"]);
 }
 
 #[test]

@@ -64,18 +64,15 @@ fn run_and_kill(lab: &Lab, name: &str, config: &str, program: &str, moment: Dura
     (running.wait(), killed)
 }
 
-fn kill_child(program: &str, share: f64, change: &Value) {
+fn kill_child(program: &str, share: f64, own_cache: bool) {
     let lab = Lab::new();
     shared();
-    let (reference, time) = undisturbed(&lab, change);
+    let change = |name: &str| if own_cache { json!({ "data": { "cache_dir": lab.path().join(format!("cache-{name}")) } }) } else { json!({}) };
+    let (reference, time) = undisturbed(&lab, &change("undisturbed"));
     let mut kills = 0;
     for (i, moment) in moments(program, time.mul_f64(share)).into_iter().enumerate() {
         let name = format!("killed-{i}");
-        let mut all = json!({ "data": { "cache_dir": lab.path().join(format!("cache-{i}")) } });
-        if change.is_null() {
-            all = json!({});
-        }
-        let config = lab.quick_config(&name, STEPS, &all);
+        let config = lab.quick_config(&name, STEPS, &change(&name));
         let (done, killed) = run_and_kill(&lab, &name, &config, program, moment);
         done.expect(0);
         kills += u64::from(killed);
@@ -89,20 +86,18 @@ fn kill_child(program: &str, share: f64, change: &Value) {
 
 #[test]
 fn killing_the_loader_changes_nothing() {
-    kill_child("serenity-loader", 0.7, &Value::Null);
+    kill_child("serenity-loader", 0.7, false);
 }
 
 #[test]
 fn killing_the_trainer_changes_nothing() {
-    kill_child("serenity-trainer", 0.7, &Value::Null);
+    kill_child("serenity-trainer", 0.7, false);
 }
 
 #[test]
 fn killing_the_encoder_changes_nothing() {
     // A cache of its own: otherwise there is nothing to encode.
-    let lab = Lab::new();
-    let own_cache = json!({ "data": { "cache_dir": lab.path().join("cache-reference") } });
-    kill_child("serenity-encoder", 0.25, &own_cache);
+    kill_child("serenity-encoder", 0.25, true);
 }
 
 #[test]

@@ -60,10 +60,6 @@ impl Running {
         self.child.id() as i32
     }
 
-    pub fn kill(&mut self) {
-        let _ = self.child.kill();
-    }
-
     pub fn is_running(&mut self) -> bool {
         self.child.try_wait().unwrap().is_none()
     }
@@ -204,9 +200,15 @@ impl Lab {
 
     /// Writes a configuration: the quick start's with an output folder of its own, then `change`.
     pub fn config(&self, name: &str, change: &Value) -> String {
+        self.config_of(name, &[change])
+    }
+
+    fn config_of(&self, name: &str, changes: &[&Value]) -> String {
         let mut config = quickstart_config();
         config["output_dir"] = json!(self.output(name));
-        merge(&mut config, change);
+        for change in changes {
+            merge(&mut config, change);
+        }
         let path = self.path().join(format!("{name}.json"));
         std::fs::write(&path, serde_json::to_vec_pretty(&config).unwrap()).unwrap();
         path.to_str().unwrap().to_string()
@@ -214,10 +216,8 @@ impl Lab {
 
     /// As [`Self::config`], with the shared model, slab and cache, and few steps.
     pub fn quick_config(&self, name: &str, steps: u64, change: &Value) -> String {
-        let mut all = shared().as_settings();
-        merge(&mut all, &json!({ "max_steps": steps, "validation": { "samples": 2 }, "checkpoint": { "save_every": 3 } }));
-        merge(&mut all, change);
-        self.config(name, &all)
+        let few = json!({ "max_steps": steps, "validation": { "samples": 2 }, "checkpoint": { "save_every": 3 } });
+        self.config_of(name, &[&shared().as_settings(), &few, change])
     }
 
     pub fn start(&self, name: &str, args: &[&str]) -> Running {
@@ -232,6 +232,13 @@ impl Lab {
     pub fn lora(&self, name: &str) -> Vec<u8> {
         let path = self.output(name).join("quickstart.safetensors");
         std::fs::read(&path).unwrap_or_else(|e| panic!("{}: {e}", path.display()))
+    }
+
+    /// Names and bytes of the tensors of the LoRA that run `name` wrote, without its metadata (which names the slab).
+    pub fn lora_tensors(&self, name: &str) -> BTreeMap<String, Vec<u8>> {
+        let bytes = self.lora(name);
+        let tensors = safetensors::SafeTensors::deserialize(&bytes).unwrap();
+        tensors.tensors().into_iter().map(|(name, view)| (name, view.data().to_vec())).collect()
     }
 
     /// `log.jsonl` of run `name`, one object a line.

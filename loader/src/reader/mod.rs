@@ -121,6 +121,27 @@ impl SlabFile {
         &self.path
     }
 
+    /// The pages that no range of `needed` touches, as ranges of at most [`READ_BYTES_MAX`]; none for a slab without hashes, where
+    /// there is nothing to compare them with.
+    #[must_use]
+    pub fn pages_outside(&self, needed: &[Range<u64>]) -> Vec<Range<u64>> {
+        if !self.from_manifest {
+            return Vec::new();
+        }
+        let mut outside = Vec::new();
+        let mut at = 0;
+        let pieces = page_pieces(needed, self.page_bytes, self.file_bytes);
+        for next in pieces.iter().map(|p| p.range.clone()).chain(std::iter::once(self.file_bytes..self.file_bytes)) {
+            while at < next.start {
+                let end = (at + READ_BYTES_MAX.max(self.page_bytes)).min(next.start);
+                outside.push(at..end);
+                at = end;
+            }
+            at = next.end;
+        }
+        outside
+    }
+
     fn check_page(&self, index: usize, bytes: &[u8]) -> Result<()> {
         let found = xxhash_rust::xxh3::xxh3_64(bytes);
         let known = &self.pages[index];

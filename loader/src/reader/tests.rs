@@ -83,3 +83,16 @@ fn a_file_that_became_shorter_is_data_not_a_crash() {
         assert_eq!(error.exit_code(), 65, "{error}");
     }
 }
+
+#[test]
+fn needed_and_outside_pages_cover_the_file_once() {
+    let (_temp, slab) = slab_file(&content(100_000), 4096, true);
+    let needed = [5_000..9_000, 40_000..40_001, 90_000..100_000];
+    let mut seen = vec![0u8; 100_000usize.div_ceil(4096)];
+    let pages = |r: &Range<u64>| (r.start / 4096) as usize..r.end.div_ceil(4096) as usize;
+    for range in needed.iter().chain(&slab.pages_outside(&needed)) {
+        seen[pages(range)].iter_mut().for_each(|n| *n += 1);
+    }
+    assert!(seen.iter().all(|n| *n == 1), "{seen:?}");
+    assert_eq!(slab.pages_outside(&[]).iter().map(|r| r.end - r.start).sum::<u64>(), 100_000);
+}
