@@ -40,7 +40,7 @@ pub enum Event {
     Message(Role, FromChild),
     /// A child's channel carries nonsense: it is not to be trusted further.
     Broken(Role, Error),
-    /// A child's output, as far as a person should see it.
+    /// A line of a child's standard error that a person should see.
     Line(Role, Level, String),
     /// A child has ended; everything it said has been delivered before.
     Exited(Role),
@@ -66,7 +66,7 @@ pub struct Spec {
     pub program: PathBuf,
     /// Its arguments.
     pub args: Vec<OsString>,
-    /// File that its output is appended to.
+    /// File that its standard output and standard error are appended to.
     pub log: PathBuf,
 }
 
@@ -94,7 +94,8 @@ impl Child {
             .env(CONTROL_ENV, "stdin")
             .env(PARENT_ENV, std::process::id().to_string())
             .stdin(Stdio::from(OwnedFd::from(theirs)))
-            .stdout(Stdio::from(writer.try_clone().map_err(failed)?))
+            // Results that a program prints for people are for its log; the launcher shows its own.
+            .stdout(Stdio::from(log.try_clone().map_err(failed)?))
             .stderr(Stdio::from(writer))
             .process_group(0);
         let process = command.spawn().map_err(|e| {
@@ -237,7 +238,7 @@ fn read_messages(role: Role, mut control: UnixStream, events: &Sender<Event>) {
     }
 }
 
-/// Copies the output to the log, and passes on what a person should see.
+/// Copies standard error to the log, and passes on what a person should see.
 fn read_output(role: Role, output: PipeReader, mut log: File, events: &Sender<Event>) {
     let mut output = BufReader::new(output);
     let mut sieve = Sieve::default();
@@ -327,7 +328,7 @@ mod tests {
     fn output_is_logged_and_sifted_and_the_end_comes_last() {
         let folder = tempfile::tempdir().unwrap();
         let script = "echo '2026-01-02T03:04:05.678901Z  INFO quiet' >&2; echo '2026-01-02T03:04:05.678901Z  WARN loud' >&2; \
-                      echo '  where: here' >&2; echo 'serenity-loader: error: said otherwise' >&2; echo '  expected: x' >&2; echo odd; exit 69";
+                      echo '  where: here' >&2; echo 'serenity-loader: error: said otherwise' >&2; echo '  expected: x' >&2; echo odd >&2; echo result; exit 69";
         let (child, events) = shell(script, folder.path());
         let lines: Vec<String> = until_end(&events).into_iter().map(|e| format!("{e:?}")).collect();
         let expected = [(Level::Warning, "loud"), (Level::Warning, "  where: here"), (Level::Warning, "odd")];
@@ -335,14 +336,14 @@ mod tests {
         assert_eq!(lines, expected);
         assert_eq!(child.reap().unwrap(), Ended::Code(69));
         let log = std::fs::read_to_string(folder.path().join("logs/loader.log")).unwrap();
-        assert!(log.contains("quiet") && log.contains("said otherwise") && log.lines().count() == 7, "{log}");
+        assert!(log.contains("quiet") && log.contains("said otherwise") && log.contains("result") && log.lines().count() == 8, "{log}");
     }
 
     #[test]
     fn a_child_has_its_own_group_the_channel_and_the_launchers_pid() {
         let folder = tempfile::tempdir().unwrap();
         // Field 5 of /proc/PID/stat is the process group.
-        let script = "set -- $(cat /proc/$$/stat); echo \"$SERENITY_CONTROL $SERENITY_PARENT $(($5 == $$))\"; test -S /dev/stdin";
+        let script = "set -- $(cat /proc/$$/stat); echo \"$SERENITY_CONTROL $SERENITY_PARENT $(($5 == $$))\" >&2; test -S /dev/stdin";
         let (child, events) = shell(script, folder.path());
         let seen = format!("{:?}", until_end(&events));
         assert!(seen.contains(&format!("stdin {} 1", std::process::id())), "{seen}");

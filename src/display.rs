@@ -42,7 +42,7 @@ struct Pace {
 impl Pace {
     /// Whether a line is due at `done` of `total`.
     fn is_due(&mut self, done: u64, total: u64, now: Instant) -> bool {
-        let tenth = if total == 0 { 0 } else { done.saturating_mul(10) / total };
+        let tenth = done.saturating_mul(10).checked_div(total).unwrap_or(0);
         let due = self.written.is_none_or(|at| now.duration_since(at) >= LINE_INTERVAL) || tenth > self.tenth || done == total;
         if due {
             self.written = Some(now);

@@ -143,7 +143,7 @@ fn report_done(cli: &Cli, progress: &Progress, seconds: f64) -> ExitCode {
     let mut text = format!("done in {}\n", clock(seconds));
     for file in &progress.files {
         let name = label(file);
-        text.push_str(&format!("  {name:<5}{}\n", file.display()));
+        text.push_str(&format!("  {name:<6}{}\n", file.display()));
         if let (Some(map), false) = (value.as_object_mut(), name == "file") {
             map.insert(name.to_string(), json!(file));
         }

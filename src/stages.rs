@@ -138,7 +138,13 @@ impl Launcher {
     }
 
     fn run_and_show(&mut self, stage: &Stage) -> Result<bool> {
-        let _span = tracing::trace_span!("stage", name = stage.name).entered();
+        // Span names are constants: one for each stage.
+        let span = match stage.main {
+            Role::Slab => tracing::trace_span!("build slab"),
+            Role::Encoder => tracing::trace_span!("encode"),
+            Role::Loader | Role::Trainer => tracing::trace_span!("train"),
+        };
+        let _span = span.entered();
         let begun = Instant::now();
         self.display.phase_begins(stage.name, stage.doing);
         let outcome = self.run_stage(stage);
