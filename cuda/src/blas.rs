@@ -1,0 +1,299 @@
+//! cuBLASLt, thin and safe: plans by shape, one matrix product at a time.
+//!
+//! A plan is made once per shape: the library's heuristics give the algorithm, and the same library on the same device gives the same one
+//! in every run. Algorithms that reduce in place in the output are excluded, sums of partial products are float32 in the workspace.
+//! Pointer alignment counts up to 16 bytes only, so that where a matrix lies in memory cannot change the algorithm, and with it the bytes.
+
+use std::cell::RefCell;
+use std::collections::HashMap;
+use std::ffi::c_void;
+use std::sync::Arc;
+
+use cudarc::cublaslt::sys::{self, cublasStatus_t};
+use serenity_protocol::{Error, Result};
+
+use crate::driver::{Context, DeviceBuffer, Ptr, Stream};
+use crate::libraries::{Library, require};
+use crate::mat::Ty;
+
+/// Bytes of workspace; what NVIDIA advises for Hopper.
+pub const WORKSPACE_BYTES: usize = 32 << 20;
+
+/// Candidates asked of the heuristics.
+const CANDIDATES: usize = 8;
+
+fn check(code: cublasStatus_t, what: &str) -> Result<()> {
+    if code == cublasStatus_t::CUBLAS_STATUS_SUCCESS {
+        return Ok(());
+    }
+    let error = match code {
+        cublasStatus_t::CUBLAS_STATUS_ALLOC_FAILED => Error::try_again(format!("cuBLASLt is out of memory: {what}")),
+        cublasStatus_t::CUBLAS_STATUS_NOT_INITIALIZED => Error::absent(format!("cuBLASLt cannot be used: {what}"))
+            .advice("the library must fit the driver: for a driver of CUDA 12 install libcublasLt.so.12"),
+        _ => Error::invariant(format!("cuBLASLt fails: {what}")),
+    };
+    Err(error.cause(format!("{code:?}")))
+}
+
+/// A product in the library's terms: column-major `C [m, n] = op(A) op(B)`, `k` summed over.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
+pub struct Shape {
+    /// Whether A is transposed: it is then stored `[k, m]`.
+    pub transpose_a: bool,
+    /// Whether B is transposed: it is then stored `[n, k]`.
+    pub transpose_b: bool,
+    /// Rows of C.
+    pub m: usize,
+    /// Columns of C.
+    pub n: usize,
+    /// Terms of each sum.
+    pub k: usize,
+    /// Elements between columns of A, B and C.
+    pub strides: [usize; 3],
+    /// Type of A and B.
+    pub input: Ty,
+    /// Type of C.
+    pub output: Ty,
+    /// Bytes that the addresses of A, B and C are multiples of, at most 16.
+    pub alignment: [u32; 3],
+}
+
+/// Bytes that an address is a multiple of, at most 16.
+#[must_use]
+pub fn alignment(ptr: Ptr) -> u32 {
+    1 << ptr.address().trailing_zeros().min(4)
+}
+
+fn data_type(ty: Ty) -> sys::cudaDataType {
+    match ty {
+        Ty::F32 => sys::cudaDataType::CUDA_R_32F,
+        Ty::Bf16 => sys::cudaDataType::CUDA_R_16BF,
+    }
+}
+
+/// A matrix layout of the library, destroyed in drop.
+#[derive(Debug)]
+struct Layout(sys::cublasLtMatrixLayout_t);
+
+impl Layout {
+    fn new(ty: Ty, rows: usize, cols: usize, stride: usize) -> Result<Self> {
+        let mut raw = std::ptr::null_mut();
+        let stride = i64::try_from(stride).map_err(|_| Error::invariant("a stride is too large"))?;
+        // SAFETY: `raw` outlives the call. Destroyed once, in drop.
+        check(unsafe { sys::cublasLtMatrixLayoutCreate(&mut raw, data_type(ty), rows as u64, cols as u64, stride) }, "describing a matrix")?;
+        Ok(Self(raw))
+    }
+}
+
+impl Drop for Layout {
+    fn drop(&mut self) {
+        // SAFETY: created in `new`, destroyed only here.
+        let _ = unsafe { sys::cublasLtMatrixLayoutDestroy(self.0) };
+    }
+}
+
+/// A description of the operation, destroyed in drop.
+#[derive(Debug)]
+struct Operation(sys::cublasLtMatmulDesc_t);
+
+impl Operation {
+    fn new(shape: &Shape) -> Result<Self> {
+        let mut raw = std::ptr::null_mut();
+        // Float32 sums; of float32 inputs a true float32 product: TF32 would need CUBLAS_COMPUTE_32F_FAST_TF32.
+        let compute = sys::cublasComputeType_t::CUBLAS_COMPUTE_32F;
+        // SAFETY: `raw` outlives the call. Destroyed once, in drop.
+        check(unsafe { sys::cublasLtMatmulDescCreate(&mut raw, compute, sys::cudaDataType::CUDA_R_32F) }, "describing a product")?;
+        let operation = Self(raw);
+        use sys::cublasLtMatmulDescAttributes_t as Attribute;
+        let sides =
+            [(Attribute::CUBLASLT_MATMUL_DESC_TRANSA, shape.transpose_a), (Attribute::CUBLASLT_MATMUL_DESC_TRANSB, shape.transpose_b)];
+        for (attribute, transposed) in sides {
+            // cublasOperation_t: N is 0, T is 1.
+            let value = i32::from(transposed);
+            // SAFETY: the description lives; the library reads the 4 bytes of `value` during the call.
+            let code = unsafe { sys::cublasLtMatmulDescSetAttribute(raw, attribute, std::ptr::from_ref(&value).cast(), size_of::<i32>()) };
+            check(code, "describing a transposition")?;
+        }
+        Ok(operation)
+    }
+}
+
+impl Drop for Operation {
+    fn drop(&mut self) {
+        // SAFETY: created in `new`, destroyed only here.
+        let _ = unsafe { sys::cublasLtMatmulDescDestroy(self.0) };
+    }
+}
+
+/// What algorithms are acceptable, destroyed in drop.
+struct Preference(sys::cublasLtMatmulPreference_t);
+
+impl Preference {
+    fn new(alignment: [u32; 3]) -> Result<Self> {
+        use sys::cublasLtMatmulPreferenceAttributes_t as Attribute;
+        let mut raw = std::ptr::null_mut();
+        // SAFETY: `raw` outlives the call. Destroyed once, in drop.
+        check(unsafe { sys::cublasLtMatmulPreferenceCreate(&mut raw) }, "describing preferences")?;
+        let preference = Self(raw);
+        let set = |attribute, value: *const c_void, bytes| {
+            // SAFETY: the preference lives; the library reads `bytes` bytes of `value`, a local of the caller, during the call.
+            check(unsafe { sys::cublasLtMatmulPreferenceSetAttribute(raw, attribute, value, bytes) }, "setting a preference")
+        };
+        let workspace = WORKSPACE_BYTES as u64;
+        set(Attribute::CUBLASLT_MATMUL_PREF_MAX_WORKSPACE_BYTES, std::ptr::from_ref(&workspace).cast(), size_of::<u64>())?;
+        // CUBLASLT_REDUCTION_SCHEME_COMPUTE_TYPE, besides none at all: partial sums in float32, in the workspace.
+        let schemes = 2u32;
+        set(Attribute::CUBLASLT_MATMUL_PREF_REDUCTION_SCHEME_MASK, std::ptr::from_ref(&schemes).cast(), size_of::<u32>())?;
+        let [a, b, c] = alignment;
+        let sides = [
+            (Attribute::CUBLASLT_MATMUL_PREF_MIN_ALIGNMENT_A_BYTES, a),
+            (Attribute::CUBLASLT_MATMUL_PREF_MIN_ALIGNMENT_B_BYTES, b),
+            (Attribute::CUBLASLT_MATMUL_PREF_MIN_ALIGNMENT_C_BYTES, c),
+            (Attribute::CUBLASLT_MATMUL_PREF_MIN_ALIGNMENT_D_BYTES, c),
+        ];
+        for (attribute, bytes) in sides {
+            set(attribute, std::ptr::from_ref(&bytes).cast(), size_of::<u32>())?;
+        }
+        Ok(preference)
+    }
+}
+
+impl Drop for Preference {
+    fn drop(&mut self) {
+        // SAFETY: created in `new`, destroyed only here.
+        let _ = unsafe { sys::cublasLtMatmulPreferenceDestroy(self.0) };
+    }
+}
+
+/// Everything that a product of one shape needs.
+#[derive(Debug)]
+struct Plan {
+    operation: Operation,
+    a: Layout,
+    b: Layout,
+    c: Layout,
+    algorithm: sys::cublasLtMatmulAlgo_t,
+}
+
+/// The library's handle, its workspace, and the plans made so far.
+#[derive(Debug)]
+pub struct Blas {
+    handle: sys::cublasLtHandle_t,
+    workspace: DeviceBuffer,
+    plans: RefCell<HashMap<Shape, Plan>>,
+    context: Arc<Context>,
+}
+
+// SAFETY: handle and descriptions are not tied to a thread (cuBLASLt's documentation: thread-safe); the context is made current before use.
+unsafe impl Send for Blas {}
+
+impl Blas {
+    /// Opens the library and takes its workspace.
+    ///
+    /// # Errors
+    /// [`Error::Absent`] without the library; [`Error::TryAgain`] out of memory.
+    pub fn new(context: &Arc<Context>) -> Result<Self> {
+        require(Library::CublasLt)?;
+        context.bind()?;
+        let mut handle = std::ptr::null_mut();
+        // SAFETY: `handle` outlives the call; a context is current. Destroyed once, in drop.
+        check(unsafe { sys::cublasLtCreate(&mut handle) }, "opening the library")?;
+        let opened = Self { handle, workspace: DeviceBuffer::new(context, WORKSPACE_BYTES)?, plans: RefCell::default(), context: context.clone() };
+        Ok(opened)
+    }
+
+    /// Queues `C = alpha op(A) op(B) + beta C` on `stream`; with `beta` 0, C is not read. All products of one `Blas` must be queued on one
+    /// stream, for they share the workspace.
+    ///
+    /// # Errors
+    /// [`Error::Invariant`] for a shape that the library refuses; a fault of earlier work may show here too.
+    pub fn product(&self, stream: &Stream, shape: &Shape, [a, b, c]: [Ptr; 3], alpha: f32, beta: f32) -> Result<()> {
+        self.context.bind()?;
+        let mut plans = self.plans.borrow_mut();
+        let plan = match plans.entry(*shape) {
+            std::collections::hash_map::Entry::Occupied(found) => found.into_mut(),
+            std::collections::hash_map::Entry::Vacant(vacant) => vacant.insert(self.plan(shape)?),
+        };
+        let device = |ptr: Ptr| ptr.address() as *const c_void;
+        // SAFETY: handle, descriptions and algorithm live in `self` and belong together; `alpha` and `beta` are read during the call
+        // (host pointer mode is the default); matrices and workspace are device memory.
+        let code = unsafe {
+            sys::cublasLtMatmul(
+                self.handle,
+                plan.operation.0,
+                std::ptr::from_ref(&alpha).cast(),
+                device(a),
+                plan.a.0,
+                device(b),
+                plan.b.0,
+                std::ptr::from_ref(&beta).cast(),
+                device(c),
+                plan.c.0,
+                device(c).cast_mut(),
+                plan.c.0,
+                &plan.algorithm,
+                device(self.workspace.ptr()).cast_mut(),
+                WORKSPACE_BYTES,
+                stream.raw().cast(),
+            )
+        };
+        if code == cublasStatus_t::CUBLAS_STATUS_SUCCESS { Ok(()) } else { check(code, &format!("multiplying {shape:?}")) }
+    }
+
+    fn plan(&self, shape: &Shape) -> Result<Plan> {
+        let Shape { transpose_a, transpose_b, m, n, k, strides: [sa, sb, sc], input, output, alignment } = *shape;
+        let stored = |transposed: bool, rows: usize, cols: usize| if transposed { (cols, rows) } else { (rows, cols) };
+        let (a_rows, a_cols) = stored(transpose_a, m, k);
+        let (b_rows, b_cols) = stored(transpose_b, k, n);
+        let operation = Operation::new(shape)?;
+        let (a, b, c) = (Layout::new(input, a_rows, a_cols, sa)?, Layout::new(input, b_rows, b_cols, sb)?, Layout::new(output, m, n, sc)?);
+        let preference = Preference::new(alignment)?;
+        let mut results = [sys::cublasLtMatmulHeuristicResult_t {
+            algo: sys::cublasLtMatmulAlgo_t { data: [0; 8] },
+            workspaceSize: 0,
+            state: cublasStatus_t::CUBLAS_STATUS_NOT_SUPPORTED,
+            wavesCount: 0.0,
+            reserved: [0; 4],
+        }; CANDIDATES];
+        let mut count = 0;
+        // SAFETY: all descriptions live; the library writes at most CANDIDATES results.
+        let code = unsafe {
+            sys::cublasLtMatmulAlgoGetHeuristic(
+                self.handle,
+                operation.0,
+                a.0,
+                b.0,
+                c.0,
+                c.0,
+                preference.0,
+                CANDIDATES as i32,
+                results.as_mut_ptr(),
+                &mut count,
+            )
+        };
+        check(code, &format!("choosing an algorithm for {shape:?}"))?;
+        let usable = results.iter().take(usize::try_from(count).unwrap_or(0));
+        let best = usable.into_iter().find(|r| r.state == cublasStatus_t::CUBLAS_STATUS_SUCCESS && r.workspaceSize <= WORKSPACE_BYTES);
+        let Some(best) = best else {
+            return Err(Error::invariant("cuBLASLt has no algorithm for a product").found(format!("{shape:?}")));
+        };
+        Ok(Plan { operation, a, b, c, algorithm: best.algo })
+    }
+
+    /// Version of the library, e.g. 130100.
+    #[must_use]
+    pub fn version(&self) -> usize {
+        // SAFETY: the library is loaded; no precondition.
+        unsafe { sys::cublasLtGetVersion() }
+    }
+}
+
+impl Drop for Blas {
+    fn drop(&mut self) {
+        self.plans.borrow_mut().clear();
+        if self.context.bind().is_ok() {
+            // SAFETY: created in `new`, destroyed only here, after the plans.
+            let _ = unsafe { sys::cublasLtDestroy(self.handle) };
+        }
+    }
+}

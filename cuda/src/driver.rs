@@ -1,0 +1,798 @@
+//! The driver API, thin and safe: context, memory, streams, events, modules, launches.
+//!
+//! Every return code becomes a [`Result`]. Handles own what they name and keep the context alive; what they release in `drop` cannot fail
+//! in a way that matters (a lost context has released everything already), so those codes are ignored.
+//!
+//! Why this is sound although device addresses are plain numbers: a [`Ptr`] is made from a live allocation only, and work with a wrong one
+//! faults or spoils device memory, never memory that Rust owns, except registered host memory, which only [`HostRange`] hands out and no
+//! reference to which exists while the device may write it. Launch arguments are copied into fixed slots, so that a kernel with more
+//! parameters than arguments reads zeros and not the stack. Host memory of copies in flight cannot go away: [`HostRange`] and [`Pinned`]
+//! wait for the device before they release it, and copies from ordinary slices are done when the call returns.
+
+use std::ffi::{CStr, CString, c_void};
+use std::sync::Arc;
+
+use cudarc::driver::sys::{self, CUresult};
+use serenity_protocol::{Error, Result};
+
+use crate::libraries::{Library, require};
+
+/// Arguments that a launch can carry.
+const ARGS_MAX: usize = 48;
+
+/// Functions that are called; a driver without one of them is refused at start instead of panicking in the middle of a run.
+const FUNCTIONS: [&str; 38] = [
+    "cuInit",
+    "cuDriverGetVersion",
+    "cuDeviceGetCount",
+    "cuDeviceGet",
+    "cuDeviceGetName",
+    "cuDeviceTotalMem_v2",
+    "cuDeviceGetAttribute",
+    "cuDevicePrimaryCtxRetain",
+    "cuDevicePrimaryCtxRelease_v2",
+    "cuCtxSetCurrent",
+    "cuCtxSynchronize",
+    "cuCtxGetStreamPriorityRange",
+    "cuMemAlloc_v2",
+    "cuMemFree_v2",
+    "cuMemGetInfo_v2",
+    "cuMemHostAlloc",
+    "cuMemFreeHost",
+    "cuMemHostRegister_v2",
+    "cuMemHostUnregister",
+    "cuMemcpyHtoD_v2",
+    "cuMemcpyDtoH_v2",
+    "cuMemcpyHtoDAsync_v2",
+    "cuMemcpyDtoHAsync_v2",
+    "cuMemcpyDtoDAsync_v2",
+    "cuMemsetD8Async",
+    "cuStreamCreateWithPriority",
+    "cuStreamDestroy_v2",
+    "cuStreamSynchronize",
+    "cuStreamWaitEvent",
+    "cuEventCreate",
+    "cuEventDestroy_v2",
+    "cuEventRecord",
+    "cuEventQuery",
+    "cuEventSynchronize",
+    "cuModuleLoadData",
+    "cuModuleUnload",
+    "cuModuleGetFunction",
+    "cuLaunchKernel",
+];
+
+/// Turns a return code into an error that says what was being done.
+pub(crate) fn check(code: CUresult, what: &str) -> Result<()> {
+    use CUresult as R;
+    if code == R::CUDA_SUCCESS {
+        return Ok(());
+    }
+    let error = match code {
+        R::CUDA_ERROR_OUT_OF_MEMORY => Error::try_again(format!("the device is out of memory: {what}"))
+            .advice("lower memory.stagehand.vram_high_watermark_mb or the resolution, or end other programs on this device"),
+        R::CUDA_ERROR_NO_DEVICE | R::CUDA_ERROR_INVALID_DEVICE | R::CUDA_ERROR_DEVICE_UNAVAILABLE => {
+            Error::absent(format!("the device is not there: {what}")).advice("`nvidia-smi -L` lists the devices")
+        }
+        R::CUDA_ERROR_NOT_INITIALIZED
+        | R::CUDA_ERROR_SYSTEM_NOT_READY
+        | R::CUDA_ERROR_SYSTEM_DRIVER_MISMATCH
+        | R::CUDA_ERROR_COMPAT_NOT_SUPPORTED_ON_DEVICE
+        | R::CUDA_ERROR_STUB_LIBRARY
+        | R::CUDA_ERROR_UNKNOWN => {
+            Error::absent(format!("the driver cannot be used: {what}")).advice("check that `nvidia-smi` works")
+        }
+        R::CUDA_ERROR_UNSUPPORTED_PTX_VERSION | R::CUDA_ERROR_NO_BINARY_FOR_GPU | R::CUDA_ERROR_INVALID_PTX => {
+            Error::absent(format!("the driver cannot run the compiled kernels: {what}"))
+                .advice("the run-time compiler (libnvrtc) is newer than the driver: update the driver, or install the older one")
+        }
+        _ => Error::invariant(format!("the device reports a failure: {what}")),
+    };
+    Err(error.cause(describe(code)))
+}
+
+fn describe(code: CUresult) -> String {
+    let mut text = std::ptr::null();
+    // SAFETY: the driver writes a pointer to a static string, or null for a code that it does not know; both are handled.
+    let known = unsafe { sys::cuGetErrorString(code, &mut text) } == CUresult::CUDA_SUCCESS && !text.is_null();
+    if !known {
+        return format!("{code:?}");
+    }
+    // SAFETY: `text` is a static string of the driver, zero-terminated, as just checked for null.
+    let text = unsafe { CStr::from_ptr(text) };
+    format!("{code:?}: {}", text.to_string_lossy())
+}
+
+/// An address in device memory. Whoever owns the memory (an [`crate::Arena`]) keeps it alive.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
+pub struct Ptr(u64);
+
+impl Ptr {
+    /// No memory: an optional argument that is not given.
+    pub const NULL: Ptr = Ptr(0);
+
+    /// As a number, for alignment tests and foreign calls.
+    #[must_use]
+    pub fn address(self) -> u64 {
+        self.0
+    }
+
+    /// `bytes` further on.
+    #[must_use]
+    pub fn offset(self, bytes: usize) -> Ptr {
+        Ptr(self.0.wrapping_add(bytes as u64))
+    }
+}
+
+/// The primary context of one device.
+#[derive(Debug)]
+pub struct Context {
+    device: sys::CUdevice,
+    raw: sys::CUcontext,
+}
+
+// SAFETY: the driver API may be called from any thread; every method makes the context current in its thread first.
+unsafe impl Send for Context {}
+// SAFETY: as above; the driver locks its own state.
+unsafe impl Sync for Context {}
+
+impl Context {
+    /// The context of device `ordinal`, in the driver's order.
+    ///
+    /// # Errors
+    /// [`Error::Absent`] without driver or device.
+    pub fn open(ordinal: usize) -> Result<Arc<Self>> {
+        require(Library::Driver)?;
+        require_functions()?;
+        let wanted = i32::try_from(ordinal).map_err(|_| Error::config(format!("device {ordinal} cannot exist")))?;
+        let (mut count, mut device, mut raw) = (0, 0, std::ptr::null_mut());
+        // SAFETY: no precondition; must come before every other call.
+        check(unsafe { sys::cuInit(0) }, "initialising the driver")?;
+        // SAFETY: `count` outlives the call.
+        check(unsafe { sys::cuDeviceGetCount(&mut count) }, "counting devices")?;
+        if wanted >= count {
+            return Err(Error::absent(format!("there is no device {ordinal}")).found(format!("{count} devices")).advice("`nvidia-smi -L` lists them"));
+        }
+        // SAFETY: `device` outlives the call; the ordinal is below the count.
+        check(unsafe { sys::cuDeviceGet(&mut device, wanted) }, "opening the device")?;
+        // SAFETY: `raw` outlives the call; the device is valid. Released once, in drop.
+        check(unsafe { sys::cuDevicePrimaryCtxRetain(&mut raw, device) }, "opening the device's context")?;
+        let context = Arc::new(Self { device, raw });
+        context.bind()?;
+        Ok(context)
+    }
+
+    /// Makes this the current context of the calling thread, as every call of the driver and of its libraries needs it.
+    ///
+    /// # Errors
+    /// [`Error::Invariant`] if the context is lost.
+    pub fn bind(&self) -> Result<()> {
+        // SAFETY: the context is retained until drop.
+        check(unsafe { sys::cuCtxSetCurrent(self.raw) }, "making the context current")
+    }
+
+    /// Waits for all work on the device.
+    ///
+    /// # Errors
+    /// A fault of any earlier work.
+    pub fn sync(&self) -> Result<()> {
+        self.bind()?;
+        // SAFETY: a context is current.
+        check(unsafe { sys::cuCtxSynchronize() }, "waiting for the device")
+    }
+
+    /// Free and total bytes by the driver's own count.
+    ///
+    /// # Errors
+    /// [`Error::Invariant`] if the context is lost.
+    pub fn memory(&self) -> Result<(u64, u64)> {
+        self.bind()?;
+        let (mut free, mut total) = (0usize, 0usize);
+        // SAFETY: both outlive the call; a context is current.
+        check(unsafe { sys::cuMemGetInfo_v2(&mut free, &mut total) }, "asking for free memory")?;
+        Ok((free as u64, total as u64))
+    }
+
+    /// A number that describes the device.
+    ///
+    /// # Errors
+    /// [`Error::Invariant`] for an attribute that the driver does not know.
+    pub fn attribute(&self, attribute: sys::CUdevice_attribute) -> Result<i32> {
+        let mut value = 0;
+        // SAFETY: `value` outlives the call; the device is valid.
+        check(unsafe { sys::cuDeviceGetAttribute(&mut value, attribute, self.device) }, "asking for a device attribute")?;
+        Ok(value)
+    }
+
+    /// The device's name.
+    ///
+    /// # Errors
+    /// The driver's.
+    pub fn name(&self) -> Result<String> {
+        let mut bytes = [0u8; 256];
+        // SAFETY: the driver writes at most the given 256 bytes, zero-terminated.
+        check(unsafe { sys::cuDeviceGetName(bytes.as_mut_ptr().cast(), 256, self.device) }, "asking for the device's name")?;
+        Ok(CStr::from_bytes_until_nul(&bytes).map(|s| s.to_string_lossy().into_owned()).unwrap_or_default())
+    }
+}
+
+impl Drop for Context {
+    fn drop(&mut self) {
+        // SAFETY: retained once in `open`, and everything made in it holds an Arc of it, so it goes last.
+        let _ = unsafe { sys::cuDevicePrimaryCtxRelease_v2(self.device) };
+    }
+}
+
+/// Checks every function that this crate calls, because cudarc panics on a missing one.
+fn require_functions() -> Result<()> {
+    // SAFETY: the library is there (probed by the caller) and stays loaded.
+    let library = unsafe { sys::culib() };
+    let missing: Vec<&str> = FUNCTIONS
+        .into_iter()
+        // SAFETY: the symbol is looked up but not used.
+        .filter(|name| unsafe { library.get::<*const c_void>(name.as_bytes()) }.is_err())
+        .collect();
+    if missing.is_empty() {
+        return Ok(());
+    }
+    Err(Error::absent("the NVIDIA driver is too old").found(format!("it lacks {}", missing.join(", "))).advice("install a driver for CUDA 12 or later"))
+}
+
+/// The CUDA version that the driver supports, as major and minor.
+///
+/// # Errors
+/// [`Error::Absent`] without driver.
+pub fn version() -> Result<(u32, u32)> {
+    require(Library::Driver)?;
+    let mut version = 0;
+    // SAFETY: `version` outlives the call.
+    check(unsafe { sys::cuDriverGetVersion(&mut version) }, "asking for the driver's version")?;
+    let version = u32::try_from(version).unwrap_or(0);
+    Ok((version / 1000, version % 1000 / 10))
+}
+
+/// Memory on the device, freed in drop.
+#[derive(Debug)]
+pub struct DeviceBuffer {
+    ptr: Ptr,
+    bytes: usize,
+    context: Arc<Context>,
+}
+
+impl DeviceBuffer {
+    /// Takes `bytes` (at least one) from the driver.
+    ///
+    /// # Errors
+    /// [`Error::TryAgain`] if the device has not that much.
+    pub fn new(context: &Arc<Context>, bytes: usize) -> Result<Self> {
+        context.bind()?;
+        let mut ptr = 0;
+        // SAFETY: `ptr` outlives the call; a context is current. Freed once, in drop.
+        check(unsafe { sys::cuMemAlloc_v2(&mut ptr, bytes.max(1)) }, &format!("taking {bytes} bytes"))?;
+        Ok(Self { ptr: Ptr(ptr), bytes, context: context.clone() })
+    }
+
+    /// Its first byte, aligned to at least 256.
+    #[must_use]
+    pub fn ptr(&self) -> Ptr {
+        self.ptr
+    }
+
+    /// Its size.
+    #[must_use]
+    pub fn bytes(&self) -> usize {
+        self.bytes
+    }
+}
+
+impl Drop for DeviceBuffer {
+    fn drop(&mut self) {
+        if self.context.bind().is_ok() {
+            // SAFETY: allocated in `new`, freed only here; the driver waits for work that uses it.
+            let _ = unsafe { sys::cuMemFree_v2(self.ptr.0) };
+        }
+    }
+}
+
+/// Copies `from` to the device and waits.
+///
+/// # Errors
+/// The driver's.
+pub fn upload(context: &Context, to: Ptr, from: &[u8]) -> Result<()> {
+    if from.is_empty() {
+        return Ok(());
+    }
+    context.bind()?;
+    // SAFETY: the source is a slice; the call returns when it has been read.
+    check(unsafe { sys::cuMemcpyHtoD_v2(to.0, from.as_ptr().cast(), from.len()) }, "copying to the device")
+}
+
+/// Copies from the device and waits. Earlier work of other streams is not waited for: synchronise them first.
+///
+/// # Errors
+/// The driver's.
+pub fn download(context: &Context, to: &mut [u8], from: Ptr) -> Result<()> {
+    if to.is_empty() {
+        return Ok(());
+    }
+    context.bind()?;
+    // SAFETY: the target is a slice of plain bytes, held exclusively until the call returns with everything written.
+    check(unsafe { sys::cuMemcpyDtoH_v2(to.as_mut_ptr().cast(), from.0, to.len()) }, "copying from the device")
+}
+
+/// An ordered queue of device work.
+#[derive(Debug)]
+pub struct Stream {
+    raw: sys::CUstream,
+    context: Arc<Context>,
+}
+
+// SAFETY: a stream may be used from any thread; the context is made current in it first.
+unsafe impl Send for Stream {}
+
+impl Stream {
+    /// A stream that does not wait for the legacy default stream; `urgent` ones go before others where both have work.
+    ///
+    /// # Errors
+    /// The driver's.
+    pub fn new(context: &Arc<Context>, urgent: bool) -> Result<Self> {
+        context.bind()?;
+        let (mut least, mut greatest) = (0, 0);
+        // SAFETY: both outlive the call; a context is current.
+        check(unsafe { sys::cuCtxGetStreamPriorityRange(&mut least, &mut greatest) }, "asking for stream priorities")?;
+        let mut raw = std::ptr::null_mut();
+        let flags = sys::CUstream_flags_enum::CU_STREAM_NON_BLOCKING as u32;
+        // SAFETY: `raw` outlives the call; the priority is one that the driver named. Destroyed once, in drop.
+        check(unsafe { sys::cuStreamCreateWithPriority(&mut raw, flags, if urgent { greatest } else { least }) }, "making a stream")?;
+        Ok(Self { raw, context: context.clone() })
+    }
+
+    /// The driver's handle, for libraries. It is valid as long as `self`.
+    #[must_use]
+    pub fn raw(&self) -> sys::CUstream {
+        self.raw
+    }
+
+    /// The context it belongs to.
+    #[must_use]
+    pub fn context(&self) -> &Arc<Context> {
+        &self.context
+    }
+
+    /// Waits until its work is done.
+    ///
+    /// # Errors
+    /// A fault of that work.
+    pub fn sync(&self) -> Result<()> {
+        self.context.bind()?;
+        // SAFETY: the stream lives.
+        check(unsafe { sys::cuStreamSynchronize(self.raw) }, "waiting for a stream")
+    }
+
+    /// Later work of this stream waits for `event` as it was last recorded; the host does not.
+    ///
+    /// # Errors
+    /// The driver's.
+    pub fn wait(&self, event: &Event) -> Result<()> {
+        self.context.bind()?;
+        // SAFETY: stream and event live.
+        check(unsafe { sys::cuStreamWaitEvent(self.raw, event.raw, 0) }, "making a stream wait")
+    }
+
+    /// Marks the end of the work so far.
+    ///
+    /// # Errors
+    /// The driver's.
+    pub fn record(&self, event: &Event) -> Result<()> {
+        self.context.bind()?;
+        // SAFETY: stream and event live.
+        check(unsafe { sys::cuEventRecord(event.raw, self.raw) }, "recording an event")
+    }
+
+    /// Queues setting `bytes` bytes to `value`.
+    ///
+    /// # Errors
+    /// The driver's.
+    pub fn fill(&self, to: Ptr, value: u8, bytes: usize) -> Result<()> {
+        if bytes == 0 {
+            return Ok(());
+        }
+        self.context.bind()?;
+        // SAFETY: device memory only.
+        check(unsafe { sys::cuMemsetD8Async(to.0, value, bytes, self.raw) }, "filling device memory")
+    }
+
+    /// Queues a copy within device memory.
+    ///
+    /// # Errors
+    /// The driver's.
+    pub fn copy(&self, to: Ptr, from: Ptr, bytes: usize) -> Result<()> {
+        if bytes == 0 {
+            return Ok(());
+        }
+        self.context.bind()?;
+        // SAFETY: device memory only.
+        check(unsafe { sys::cuMemcpyDtoDAsync_v2(to.0, from.0, bytes, self.raw) }, "copying device memory")
+    }
+
+    /// Queues a copy of `bytes` bytes at `offset` of `from` to the device.
+    ///
+    /// # Errors
+    /// [`Error::Invariant`] outside of the range; the driver's.
+    pub fn copy_in(&self, to: Ptr, from: &impl HostMemory, offset: usize, bytes: usize) -> Result<()> {
+        let source = part(from, offset, bytes)?;
+        self.context.bind()?;
+        // SAFETY: the source is page-locked memory that its owner keeps until the device is idle (contract of HostMemory), and the part
+        // lies within it.
+        check(unsafe { sys::cuMemcpyHtoDAsync_v2(to.0, source.cast_const(), bytes, self.raw) }, "copying to the device")
+    }
+
+    /// Queues a copy from the device to `offset` of `to`.
+    ///
+    /// # Errors
+    /// [`Error::Invariant`] outside of the range; the driver's.
+    pub fn copy_out(&self, to: &Pinned, offset: usize, from: Ptr, bytes: usize) -> Result<()> {
+        let target = part(to, offset, bytes)?;
+        self.context.bind()?;
+        // SAFETY: the target is page-locked memory that nobody has a reference to (Pinned hands out none) and that its owner keeps until
+        // the device is idle; the part lies within it.
+        check(unsafe { sys::cuMemcpyDtoHAsync_v2(target, from.0, bytes, self.raw) }, "copying from the device")
+    }
+}
+
+fn part(memory: &impl HostMemory, offset: usize, bytes: usize) -> Result<*mut c_void> {
+    let (base, len) = memory.range();
+    match offset.checked_add(bytes) {
+        Some(end) if end <= len => Ok(base.wrapping_byte_add(offset)),
+        _ => Err(Error::invariant("a copy goes beyond its host memory").expected(format!("within {len} bytes")).found(format!("{bytes} at {offset}"))),
+    }
+}
+
+impl Drop for Stream {
+    fn drop(&mut self) {
+        if self.context.bind().is_ok() {
+            // SAFETY: made in `new`, destroyed only here; the driver finishes its work.
+            let _ = unsafe { sys::cuStreamDestroy_v2(self.raw) };
+        }
+    }
+}
+
+/// A point in a stream's work.
+#[derive(Debug)]
+pub struct Event {
+    raw: sys::CUevent,
+    context: Arc<Context>,
+}
+
+// SAFETY: an event may be used from any thread; the context is made current in it first.
+unsafe impl Send for Event {}
+
+impl Event {
+    /// An event for ordering alone.
+    ///
+    /// # Errors
+    /// The driver's.
+    pub fn new(context: &Arc<Context>) -> Result<Self> {
+        Self::with(context, sys::CUevent_flags_enum::CU_EVENT_DISABLE_TIMING as u32)
+    }
+
+    /// An event that also knows its time.
+    ///
+    /// # Errors
+    /// The driver's.
+    pub fn timed(context: &Arc<Context>) -> Result<Self> {
+        Self::with(context, sys::CUevent_flags_enum::CU_EVENT_DEFAULT as u32)
+    }
+
+    fn with(context: &Arc<Context>, flags: u32) -> Result<Self> {
+        context.bind()?;
+        let mut raw = std::ptr::null_mut();
+        // SAFETY: `raw` outlives the call; a context is current. Destroyed once, in drop.
+        check(unsafe { sys::cuEventCreate(&mut raw, flags) }, "making an event")?;
+        Ok(Self { raw, context: context.clone() })
+    }
+
+    /// Whether the work before its last recording is done (true if it was never recorded).
+    ///
+    /// # Errors
+    /// A fault of that work.
+    pub fn done(&self) -> Result<bool> {
+        self.context.bind()?;
+        // SAFETY: the event lives.
+        match unsafe { sys::cuEventQuery(self.raw) } {
+            CUresult::CUDA_ERROR_NOT_READY => Ok(false),
+            code => check(code, "asking for an event").map(|()| true),
+        }
+    }
+
+    /// Waits on the host for the work before its last recording.
+    ///
+    /// # Errors
+    /// A fault of that work.
+    pub fn sync(&self) -> Result<()> {
+        self.context.bind()?;
+        // SAFETY: the event lives.
+        check(unsafe { sys::cuEventSynchronize(self.raw) }, "waiting for an event")
+    }
+
+    /// Milliseconds from `earlier` to this one; both timed, recorded and done.
+    ///
+    /// # Errors
+    /// [`Error::Invariant`] otherwise.
+    pub fn since_ms(&self, earlier: &Event) -> Result<f32> {
+        type Elapsed = unsafe extern "C" fn(*mut f32, sys::CUevent, sys::CUevent) -> CUresult;
+        self.context.bind()?;
+        // The function of a driver for CUDA 12.8 or later, then that of an older one: cudarc would name the newer alone, and panic.
+        let names: [&[u8]; 2] = [b"cuEventElapsedTime_v2", b"cuEventElapsedTime"];
+        // SAFETY: the driver is loaded (there is an event) and stays so; both names have the signature `Elapsed` in cuda.h.
+        let found = names.into_iter().find_map(|name| unsafe { sys::culib().get::<Elapsed>(name) }.ok().map(|f| *f));
+        let elapsed = found.ok_or_else(|| Error::absent("the NVIDIA driver cannot time events").advice("install a driver for CUDA 12 or later"))?;
+        let mut ms = 0.0;
+        // SAFETY: `ms` outlives the call, both events live.
+        check(unsafe { elapsed(&mut ms, earlier.raw, self.raw) }, "timing events")?;
+        Ok(ms)
+    }
+}
+
+impl Drop for Event {
+    fn drop(&mut self) {
+        if self.context.bind().is_ok() {
+            // SAFETY: made in `with`, destroyed only here; the driver keeps it while work refers to it.
+            let _ = unsafe { sys::cuEventDestroy_v2(self.raw) };
+        }
+    }
+}
+
+/// Page-locked host memory that the device can copy from while the host goes on.
+///
+/// # Safety
+/// The range is page-locked and stays mapped until the implementor is dropped, and its drop waits for the device.
+pub unsafe trait HostMemory {
+    /// Its first byte and its length.
+    fn range(&self) -> (*mut c_void, usize);
+}
+
+/// Host memory of somebody else, page-locked for this device until drop.
+#[derive(Debug)]
+pub struct HostRange {
+    base: *mut c_void,
+    bytes: usize,
+    context: Arc<Context>,
+}
+
+// SAFETY: the range belongs to the process, not to a thread; the type never dereferences it on the host.
+unsafe impl Send for HostRange {}
+// SAFETY: registered by `register`, kept mapped by its contract, and drop waits for the device before unregistering.
+unsafe impl HostMemory for HostRange {
+    fn range(&self) -> (*mut c_void, usize) {
+        (self.base, self.bytes)
+    }
+}
+
+impl HostRange {
+    /// Locks the pages of `bytes` bytes at `base`.
+    ///
+    /// # Errors
+    /// [`Error::Absent`] where the driver refuses (no support, memory-lock limit): the caller falls back.
+    ///
+    /// # Safety
+    /// The range must stay mapped until the result is dropped. Its bytes may change at any time: the device reads what is there.
+    pub unsafe fn register(context: &Arc<Context>, base: *mut u8, bytes: usize) -> Result<Self> {
+        context.bind()?;
+        let base = base.cast::<c_void>();
+        // SAFETY: the caller vouches for the range; a context is current. Unregistered once, in drop.
+        let code = unsafe { sys::cuMemHostRegister_v2(base, bytes, sys::CU_MEMHOSTREGISTER_PORTABLE) };
+        if code != CUresult::CUDA_SUCCESS {
+            return Err(Error::absent(format!("the driver cannot lock {bytes} bytes of host memory"))
+                .cause(describe(code))
+                .advice("raise the memory-lock limit (ulimit -l) and the container's shared memory"));
+        }
+        Ok(Self { base, bytes, context: context.clone() })
+    }
+}
+
+impl Drop for HostRange {
+    fn drop(&mut self) {
+        let _ = self.context.sync();
+        // SAFETY: registered in `register`, unregistered only here, with no copy in flight.
+        let _ = unsafe { sys::cuMemHostUnregister(self.base) };
+    }
+}
+
+/// Page-locked host memory of our own.
+#[derive(Debug)]
+pub struct Pinned {
+    base: *mut c_void,
+    bytes: usize,
+    context: Arc<Context>,
+}
+
+// SAFETY: the memory belongs to the process, not to a thread.
+unsafe impl Send for Pinned {}
+// SAFETY: allocated page-locked in `new`; drop waits for the device before it frees.
+unsafe impl HostMemory for Pinned {
+    fn range(&self) -> (*mut c_void, usize) {
+        (self.base, self.bytes)
+    }
+}
+
+impl Pinned {
+    /// Takes `bytes` (at least one) of zeroed, cached page-locked memory (not write-combined: the host may read it).
+    ///
+    /// # Errors
+    /// [`Error::TryAgain`] if there is not that much.
+    pub fn new(context: &Arc<Context>, bytes: usize) -> Result<Self> {
+        context.bind()?;
+        let mut base = std::ptr::null_mut();
+        // SAFETY: `base` outlives the call; a context is current. Freed once, in drop.
+        let code = unsafe { sys::cuMemHostAlloc(&mut base, bytes.max(1), sys::CU_MEMHOSTALLOC_PORTABLE) };
+        check(code, &format!("taking {bytes} bytes of page-locked memory"))?;
+        // SAFETY: `base` has at least `bytes` bytes and nobody else knows it.
+        unsafe { std::ptr::write_bytes(base.cast::<u8>(), 0, bytes) };
+        Ok(Self { base, bytes, context: context.clone() })
+    }
+
+    /// Its size.
+    #[must_use]
+    pub fn bytes(&self) -> usize {
+        self.bytes
+    }
+
+    /// Copies `from` to `offset` once `last_use` (the event behind the last copy that reads or writes this part) is done.
+    ///
+    /// # Errors
+    /// [`Error::Invariant`] outside of the range; a fault of the work before the event.
+    pub fn write_after(&mut self, last_use: &Event, offset: usize, from: &[u8]) -> Result<()> {
+        let target = part(self, offset, from.len())?;
+        last_use.sync()?;
+        // SAFETY: the part lies within our memory; `&mut self` excludes other host access, and the device's has ended with the event.
+        unsafe { std::ptr::copy_nonoverlapping(from.as_ptr(), target.cast::<u8>(), from.len()) };
+        Ok(())
+    }
+
+    /// Copies the bytes at `offset` into `to`, after all work on the device.
+    ///
+    /// # Errors
+    /// [`Error::Invariant`] outside of the range; a fault of earlier work.
+    pub fn read(&self, offset: usize, to: &mut [u8]) -> Result<()> {
+        let source = part(self, offset, to.len())?;
+        self.context.sync()?;
+        // SAFETY: the part lies within our memory, which was initialised in `new`; the device is idle.
+        unsafe { std::ptr::copy_nonoverlapping(source.cast::<u8>().cast_const(), to.as_mut_ptr(), to.len()) };
+        Ok(())
+    }
+}
+
+impl Drop for Pinned {
+    fn drop(&mut self) {
+        let _ = self.context.sync();
+        // SAFETY: allocated in `new`, freed only here, with no copy in flight.
+        let _ = unsafe { sys::cuMemFreeHost(self.base) };
+    }
+}
+
+/// Compiled kernels.
+#[derive(Debug)]
+pub struct Module {
+    raw: sys::CUmodule,
+    context: Arc<Context>,
+}
+
+// SAFETY: a module may be used from any thread; the context is made current in it first.
+unsafe impl Send for Module {}
+
+/// A kernel; valid as long as its module, which [`crate::Gpu`] keeps.
+#[derive(Debug, Clone, Copy)]
+pub struct Kernel(sys::CUfunction);
+
+// SAFETY: a handle that the driver resolves; it is not tied to a thread.
+unsafe impl Send for Kernel {}
+
+impl Module {
+    /// Loads `image`, the output of the compiler.
+    ///
+    /// # Errors
+    /// [`Error::Absent`] if the driver cannot run it.
+    pub fn load(context: &Arc<Context>, image: &[u8]) -> Result<Self> {
+        context.bind()?;
+        // PTX is text and must end in a zero; a trailing zero does a cubin no harm.
+        let mut padded = image.to_vec();
+        padded.push(0);
+        let mut raw = std::ptr::null_mut();
+        // SAFETY: the image comes from the compiler, whole (the cache verifies a hash), and outlives the call. Unloaded once, in drop.
+        check(unsafe { sys::cuModuleLoadData(&mut raw, padded.as_ptr().cast()) }, "loading kernels")?;
+        Ok(Self { raw, context: context.clone() })
+    }
+
+    /// The kernel called `name`.
+    ///
+    /// # Errors
+    /// [`Error::Invariant`] if there is none.
+    pub fn kernel(&self, name: &str) -> Result<Kernel> {
+        self.context.bind()?;
+        let text = CString::new(name).map_err(|e| Error::invariant("a kernel's name has a zero").cause(e))?;
+        let mut raw = std::ptr::null_mut();
+        // SAFETY: `raw` and `text` outlive the call; the module lives.
+        check(unsafe { sys::cuModuleGetFunction(&mut raw, self.raw, text.as_ptr()) }, &format!("looking for kernel {name}"))?;
+        Ok(Kernel(raw))
+    }
+}
+
+impl Drop for Module {
+    fn drop(&mut self) {
+        if self.context.bind().is_ok() {
+            // SAFETY: loaded in `load`, unloaded only here.
+            let _ = unsafe { sys::cuModuleUnload(self.raw) };
+        }
+    }
+}
+
+/// One argument of a kernel: at most 8 bytes, little endian.
+#[derive(Debug, Clone, Copy)]
+pub struct Arg(u64);
+
+macro_rules! args {
+    ($($from:ty => $convert:expr;)*) => {$(
+        impl From<$from> for Arg {
+            fn from(value: $from) -> Self {
+                let convert: fn($from) -> u64 = $convert;
+                Arg(convert(value))
+            }
+        }
+    )*};
+}
+
+args! {
+    Ptr => |v| v.0;
+    u64 => |v| v;
+    i64 => |v| v.cast_unsigned();
+    usize => |v| v as u64;
+    u32 => u64::from;
+    i32 => |v| u64::from(v.cast_unsigned());
+    f32 => |v| u64::from(v.to_bits());
+    f64 => |v| v.to_bits();
+}
+
+impl Kernel {
+    /// Lets a launch ask for up to `bytes` of dynamic shared memory (above 48 KiB it must be allowed first).
+    ///
+    /// # Errors
+    /// [`Error::Invariant`] if the device has not that much.
+    pub fn allow_shared(self, context: &Context, bytes: u32) -> Result<()> {
+        context.bind()?;
+        let attribute = sys::CUfunction_attribute_enum::CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES;
+        // SAFETY: the kernel's module lives (see Kernel).
+        check(unsafe { sys::cuFuncSetAttribute(self.0, attribute, bytes.cast_signed()) }, "asking for shared memory")
+    }
+
+    /// Queues a launch on `stream`. `name` is for the error message.
+    ///
+    /// # Errors
+    /// [`Error::Invariant`] for a shape that the device cannot launch; a fault of earlier work may show here too.
+    pub fn launch(self, stream: &Stream, name: &str, grid: [u32; 3], block: [u32; 3], shared: u32, args: &[Arg]) -> Result<()> {
+        if grid.contains(&0) {
+            return Ok(());
+        }
+        // Each parameter of our kernels is a scalar or pointer of at most 8 bytes. 16-byte slots for the most parameters that any has
+        // keep the driver's reads within this array whatever the kernel declares.
+        let mut slots = [[0u64; 2]; ARGS_MAX];
+        if args.len() > slots.len() {
+            return Err(Error::invariant(format!("kernel {name} has more than {ARGS_MAX} arguments")));
+        }
+        for (slot, arg) in slots.iter_mut().zip(args) {
+            slot[0] = arg.0;
+        }
+        let mut pointers = slots.each_mut().map(|slot| std::ptr::from_mut(slot).cast::<c_void>());
+        stream.context.bind()?;
+        let ([gx, gy, gz], [bx, by, bz]) = (grid, block);
+        // SAFETY: the module lives (see Kernel), the stream lives, and the driver copies the arguments, all within `slots`, before the
+        // call returns.
+        let code = unsafe {
+            sys::cuLaunchKernel(self.0, gx, gy, gz, bx, by, bz, shared, stream.raw, pointers.as_mut_ptr(), std::ptr::null_mut())
+        };
+        if code == CUresult::CUDA_SUCCESS {
+            return Ok(());
+        }
+        check(code, &format!("launching {name} with grid {grid:?}, block {block:?}, {shared} bytes of shared memory"))
+    }
+}

@@ -1,0 +1,158 @@
+//! SwiGLU, gated residual, sums, casts, silu, time embedding, random values.
+#![forbid(unsafe_code)]
+
+use serenity_protocol::Result;
+
+use super::{BLOCK, THREADS, check_modulation, grid, int, variant};
+use crate::driver::{Arg, Ptr};
+use crate::gpu::Gpu;
+use crate::mat::Mat;
+
+/// Pointer and stride of a view, as kernels take them.
+fn view(mat: Mat) -> [Arg; 2] {
+    [mat.ptr.into(), mat.stride.into()]
+}
+
+impl Gpu {
+    /// Queues an elementwise kernel over `shape`, choosing its variant by all of `mats`.
+    fn elementwise(&self, name: &str, shape: Mat, mats: &[Mat], args: &[Arg]) -> Result<()> {
+        let (name, lanes) = variant(name, mats);
+        self.launch(&name, grid(shape.rows, shape.cols, lanes * THREADS as usize)?, BLOCK, 0, args)
+    }
+
+    /// `m = silu(gate) value`; `m` may be either of them.
+    ///
+    /// # Errors
+    /// [`serenity_protocol::Error::Invariant`] if the shapes do not fit.
+    pub fn swiglu(&self, m: Mat, gate: Mat, value: Mat) -> Result<()> {
+        gate.expect_shape("a gate", m.ty, m.rows, m.cols)?;
+        value.expect_shape("a gated value", m.ty, m.rows, m.cols)?;
+        let args: Vec<Arg> = [m, gate, value].into_iter().flat_map(view).chain([m.cols.into()]).collect();
+        self.elementwise(&format!("swiglu_{}", m.ty.name()), m, &[m, gate, value], &args)
+    }
+
+    /// The gradients of gate and value from `dm`; they may replace gate and value.
+    ///
+    /// # Errors
+    /// [`serenity_protocol::Error::Invariant`] if the shapes do not fit.
+    pub fn swiglu_bwd(&self, dgate: Mat, dvalue: Mat, dm: Mat, gate: Mat, value: Mat) -> Result<()> {
+        let mats = [dgate, dvalue, dm, gate, value];
+        for mat in mats {
+            mat.expect_shape("an operand of SwiGLU's backward", dm.ty, dm.rows, dm.cols)?;
+        }
+        let mut args: Vec<Arg> = mats.into_iter().flat_map(view).collect();
+        args.push(dm.cols.into());
+        self.elementwise(&format!("swiglu_bwd_{}", dm.ty.name()), dm, &mats, &args)
+    }
+
+    /// `y = h + gate o`, `gate [B, D]` float32; `y` may be `h` or `o`.
+    ///
+    /// # Errors
+    /// [`serenity_protocol::Error::Invariant`] if the shapes do not fit.
+    pub fn gated_residual(&self, y: Mat, h: Mat, gate: Mat, o: Mat) -> Result<()> {
+        self.gated(y, Some(h), gate, o)
+    }
+
+    /// `d_o = gate dy`: the gradient of what was gated; that of the residual is `dy` itself.
+    ///
+    /// # Errors
+    /// [`serenity_protocol::Error::Invariant`] if the shapes do not fit.
+    pub fn gated_residual_bwd(&self, d_o: Mat, gate: Mat, dy: Mat) -> Result<()> {
+        self.gated(d_o, None, gate, dy)
+    }
+
+    fn gated(&self, y: Mat, h: Option<Mat>, gate: Mat, o: Mat) -> Result<()> {
+        o.expect_shape("a gated output", y.ty, y.rows, y.cols)?;
+        h.unwrap_or(y).expect_shape("a residual", y.ty, y.rows, y.cols)?;
+        if y.is_empty() {
+            return Ok(());
+        }
+        let tokens = check_modulation("a gate", gate, y)?;
+        let mut args = view(y).to_vec();
+        args.extend([h.map_or(Ptr::NULL, |h| h.ptr).into(), h.map_or(0, |h| h.stride).into()]);
+        args.extend(view(gate));
+        args.extend(view(o));
+        args.extend([int(tokens)?.into(), y.cols.into()]);
+        self.elementwise(&format!("gated_{}", y.ty.name()), y, &[y, h.unwrap_or(y), gate, o], &args)
+    }
+
+    /// `out = a + factor b`, `out` and `a` of one type, `b` of any; `out` may be `a` or `b`.
+    ///
+    /// # Errors
+    /// [`serenity_protocol::Error::Invariant`] if the shapes do not fit.
+    pub fn add(&self, out: Mat, a: Mat, b: Mat, factor: f32) -> Result<()> {
+        a.expect_shape("a summand", out.ty, out.rows, out.cols)?;
+        self.sum(out, Some(a), b, factor)
+    }
+
+    /// `y += alpha x`.
+    ///
+    /// # Errors
+    /// [`serenity_protocol::Error::Invariant`] if the shapes do not fit.
+    pub fn axpy(&self, y: Mat, alpha: f32, x: Mat) -> Result<()> {
+        self.add(y, y, x, alpha)
+    }
+
+    /// `out = x` in the type of `out`: a cast, or a copy between views.
+    ///
+    /// # Errors
+    /// [`serenity_protocol::Error::Invariant`] if the shapes do not fit.
+    pub fn cast(&self, out: Mat, x: Mat) -> Result<()> {
+        self.sum(out, None, x, 1.0)
+    }
+
+    fn sum(&self, out: Mat, a: Option<Mat>, b: Mat, factor: f32) -> Result<()> {
+        b.expect_shape("a summand", b.ty, out.rows, out.cols)?;
+        let mut args = view(out).to_vec();
+        args.extend([a.map_or(Ptr::NULL, |a| a.ptr).into(), a.map_or(0, |a| a.stride).into()]);
+        args.extend(view(b));
+        args.extend([factor.into(), out.cols.into()]);
+        self.elementwise(&format!("add_{}_{}", out.ty.name(), b.ty.name()), out, &[out, a.unwrap_or(out), b], &args)
+    }
+
+    /// `y = x sigmoid(x)`; `y` may be `x`.
+    ///
+    /// # Errors
+    /// [`serenity_protocol::Error::Invariant`] if the shapes do not fit.
+    pub fn silu(&self, y: Mat, x: Mat) -> Result<()> {
+        x.expect_shape("an input of silu", y.ty, y.rows, y.cols)?;
+        let args: Vec<Arg> = [y, x].into_iter().flat_map(view).chain([y.cols.into()]).collect();
+        self.elementwise(&format!("silu_{}", y.ty.name()), y, &[y, x], &args)
+    }
+
+    /// `out [B, channels]`: cosines, then sines, of `1000 values[b] frequencies[j]`, j below half the channels; an odd last channel is zero.
+    /// `values [B]` and `frequencies [channels / 2]` are float32; the host computes the frequencies with the reference's last bit.
+    ///
+    /// # Errors
+    /// [`serenity_protocol::Error::Invariant`] if there are too many rows.
+    pub fn sinusoid(&self, out: Mat, values: Ptr, frequencies: Ptr) -> Result<()> {
+        let args = [out.ptr.into(), out.stride.into(), values.into(), frequencies.into(), out.cols.into()];
+        self.launch(&format!("sinusoid_{}", out.ty.name()), grid(out.rows, out.cols, THREADS as usize)?, BLOCK, 0, &args)
+    }
+
+    /// Uniform values in [-limit, limit): functions of seed and position, for checks and synthetic runs.
+    ///
+    /// # Errors
+    /// [`serenity_protocol::Error::Invariant`] if the matrix is too large.
+    pub fn fill_random(&self, x: Mat, seed: u64, limit: f32) -> Result<()> {
+        let args = [x.ptr.into(), x.stride.into(), x.cols.into(), seed.into(), limit.into()];
+        self.launch(&format!("random_{}", x.ty.name()), grid(x.rows, x.cols, THREADS as usize)?, BLOCK, 0, &args)
+    }
+
+    /// Adds the number of values of `x` that are infinite or NaN to the `u32` at `count`.
+    ///
+    /// # Errors
+    /// [`serenity_protocol::Error::Invariant`] if the matrix is too large.
+    pub fn count_bad(&self, count: Ptr, x: Mat) -> Result<()> {
+        let args = [count.into(), x.ptr.into(), x.stride.into(), x.cols.into()];
+        self.launch(&format!("count_bad_{}", x.ty.name()), grid(x.rows, x.cols, THREADS as usize)?, BLOCK, 0, &args)
+    }
+
+    /// Queues setting `bytes` bytes to zero.
+    ///
+    /// # Errors
+    /// The driver's.
+    pub fn zero(&self, ptr: Ptr, bytes: usize) -> Result<()> {
+        self.compute().fill(ptr, 0, bytes)
+    }
+}
