@@ -49,7 +49,10 @@ impl Stack {
                 .expected(format!("{bytes} bytes"))
                 .found(format!("{} of {} bytes are left", self.capacity - start, self.capacity))
                 .advice(match end {
-                    Some(end) => format!("{} MiB more are needed: raise memory.stagehand.vram_high_watermark_mb", (end - self.capacity).div_ceil(1 << 20)),
+                    Some(end) => format!(
+                        "{} MiB more are needed: raise memory.stagehand.vram_high_watermark_mb",
+                        (end - self.capacity).div_ceil(1 << 20)
+                    ),
                     None => "lower the resolution".to_string(),
                 })),
         }
@@ -93,7 +96,10 @@ impl Arena {
     /// # Errors
     /// [`Error::Absent`] if it does not fit.
     pub fn mat(&self, ty: Ty, rows: usize, cols: usize) -> Result<Mat> {
-        let bytes = rows.checked_mul(cols).and_then(|n| n.checked_mul(ty.bytes())).ok_or_else(|| Error::invariant("a matrix is too large to count"))?;
+        let bytes = rows
+            .checked_mul(cols)
+            .and_then(|n| n.checked_mul(ty.bytes()))
+            .ok_or_else(|| Error::invariant("a matrix is too large to count"))?;
         Ok(Mat::new(self.reserve(bytes)?, ty, rows, cols))
     }
 

@@ -80,7 +80,10 @@ impl Layout {
         let mut raw = std::ptr::null_mut();
         let stride = i64::try_from(stride).map_err(|_| Error::invariant("a stride is too large"))?;
         // SAFETY: `raw` outlives the call. Destroyed once, in drop.
-        check(unsafe { sys::cublasLtMatrixLayoutCreate(&mut raw, data_type(ty), rows as u64, cols as u64, stride) }, "describing a matrix")?;
+        check(
+            unsafe { sys::cublasLtMatrixLayoutCreate(&mut raw, data_type(ty), rows as u64, cols as u64, stride) },
+            "describing a matrix",
+        )?;
         Ok(Self(raw))
     }
 }
@@ -198,7 +201,8 @@ impl Blas {
         let mut handle = std::ptr::null_mut();
         // SAFETY: `handle` outlives the call; a context is current. Destroyed once, in drop.
         check(unsafe { sys::cublasLtCreate(&mut handle) }, "opening the library")?;
-        let opened = Self { handle, workspace: DeviceBuffer::new(context, WORKSPACE_BYTES)?, plans: RefCell::default(), context: context.clone() };
+        let opened =
+            Self { handle, workspace: DeviceBuffer::new(context, WORKSPACE_BYTES)?, plans: RefCell::default(), context: context.clone() };
         Ok(opened)
     }
 

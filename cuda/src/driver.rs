@@ -79,9 +79,7 @@ pub(crate) fn check(code: CUresult, what: &str) -> Result<()> {
         | R::CUDA_ERROR_SYSTEM_DRIVER_MISMATCH
         | R::CUDA_ERROR_COMPAT_NOT_SUPPORTED_ON_DEVICE
         | R::CUDA_ERROR_STUB_LIBRARY
-        | R::CUDA_ERROR_UNKNOWN => {
-            Error::absent(format!("the driver cannot be used: {what}")).advice("check that `nvidia-smi` works")
-        }
+        | R::CUDA_ERROR_UNKNOWN => Error::absent(format!("the driver cannot be used: {what}")).advice("check that `nvidia-smi` works"),
         R::CUDA_ERROR_UNSUPPORTED_PTX_VERSION | R::CUDA_ERROR_NO_BINARY_FOR_GPU | R::CUDA_ERROR_INVALID_PTX => {
             Error::absent(format!("the driver cannot run the compiled kernels: {what}"))
                 .advice("the run-time compiler (libnvrtc) is newer than the driver: update the driver, or install the older one")
@@ -151,7 +149,9 @@ impl Context {
         // SAFETY: `count` outlives the call.
         check(unsafe { sys::cuDeviceGetCount(&mut count) }, "counting devices")?;
         if wanted >= count {
-            return Err(Error::absent(format!("there is no device {ordinal}")).found(format!("{count} devices")).advice("`nvidia-smi -L` lists them"));
+            return Err(Error::absent(format!("there is no device {ordinal}"))
+                .found(format!("{count} devices"))
+                .advice("`nvidia-smi -L` lists them"));
         }
         // SAFETY: `device` outlives the call; the ordinal is below the count.
         check(unsafe { sys::cuDeviceGet(&mut device, wanted) }, "opening the device")?;
@@ -235,7 +235,9 @@ fn require_functions() -> Result<()> {
     if missing.is_empty() {
         return Ok(());
     }
-    Err(Error::absent("the NVIDIA driver is too old").found(format!("it lacks {}", missing.join(", "))).advice("install a driver for CUDA 12 or later"))
+    Err(Error::absent("the NVIDIA driver is too old")
+        .found(format!("it lacks {}", missing.join(", ")))
+        .advice("install a driver for CUDA 12 or later"))
 }
 
 /// The CUDA version that the driver supports, as major and minor.
@@ -444,7 +446,9 @@ fn part(memory: &impl HostMemory, offset: usize, bytes: usize) -> Result<*mut c_
     let (base, len) = memory.range();
     match offset.checked_add(bytes) {
         Some(end) if end <= len => Ok(base.wrapping_byte_add(offset)),
-        _ => Err(Error::invariant("a copy goes beyond its host memory").expected(format!("within {len} bytes")).found(format!("{bytes} at {offset}"))),
+        _ => Err(Error::invariant("a copy goes beyond its host memory")
+            .expected(format!("within {len} bytes"))
+            .found(format!("{bytes} at {offset}"))),
     }
 }
 
@@ -526,7 +530,8 @@ impl Event {
         let names: [&[u8]; 2] = [b"cuEventElapsedTime_v2", b"cuEventElapsedTime"];
         // SAFETY: the driver is loaded (there is an event) and stays so; both names have the signature `Elapsed` in cuda.h.
         let found = names.into_iter().find_map(|name| unsafe { sys::culib().get::<Elapsed>(name) }.ok().map(|f| *f));
-        let elapsed = found.ok_or_else(|| Error::absent("the NVIDIA driver cannot time events").advice("install a driver for CUDA 12 or later"))?;
+        let elapsed =
+            found.ok_or_else(|| Error::absent("the NVIDIA driver cannot time events").advice("install a driver for CUDA 12 or later"))?;
         let mut ms = 0.0;
         // SAFETY: `ms` outlives the call, both events live.
         check(unsafe { elapsed(&mut ms, earlier.raw, self.raw) }, "timing events")?;
@@ -787,9 +792,8 @@ impl Kernel {
         let ([gx, gy, gz], [bx, by, bz]) = (grid, block);
         // SAFETY: the module lives (see Kernel), the stream lives, and the driver copies the arguments, all within `slots`, before the
         // call returns.
-        let code = unsafe {
-            sys::cuLaunchKernel(self.0, gx, gy, gz, bx, by, bz, shared, stream.raw, pointers.as_mut_ptr(), std::ptr::null_mut())
-        };
+        let code =
+            unsafe { sys::cuLaunchKernel(self.0, gx, gy, gz, bx, by, bz, shared, stream.raw, pointers.as_mut_ptr(), std::ptr::null_mut()) };
         if code == CUresult::CUDA_SUCCESS {
             return Ok(());
         }

@@ -77,7 +77,11 @@ impl HostSource {
                     }
                     Err(why) => {
                         tracing::warn!("{why}\n  copies go through a bounce buffer of {} MiB: slower", 2 * BOUNCE_BYTES >> 20);
-                        Way::Bounce { buffer: Pinned::new(context, 2 * BOUNCE_BYTES)?, last: [Event::new(context)?, Event::new(context)?], next: 0 }
+                        Way::Bounce {
+                            buffer: Pinned::new(context, 2 * BOUNCE_BYTES)?,
+                            last: [Event::new(context)?, Event::new(context)?],
+                            next: 0,
+                        }
                     }
                 }
             }

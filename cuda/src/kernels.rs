@@ -183,7 +183,10 @@ mod tests {
             assert_eq!(compiled.len(), UNITS.len());
             let again = images(capability, Some(folder.path())).unwrap();
             assert_eq!(compiled, again, "what the cache returns is what was compiled");
-            eprintln!("compute capability {capability}: {} bytes, compiler {version:?}, {known:?}", compiled.iter().map(|c| c.1.len()).sum::<usize>());
+            eprintln!(
+                "compute capability {capability}: {} bytes, compiler {version:?}, {known:?}",
+                compiled.iter().map(|c| c.1.len()).sum::<usize>()
+            );
         }
         let bad = Unit { name: "bad", sources: &[COMMON, ("bad.cu", "extern \"C\" __global__ void f() { nonsense; }")] };
         let error = bad.image(Target::Cubin(80), version, None).unwrap_err().to_string();

@@ -37,8 +37,12 @@ impl Library {
     fn advice(self) -> &'static str {
         match self {
             Library::Driver => "install NVIDIA's driver (it brings libcuda.so.1), or choose the CPU as device",
-            Library::Nvrtc => "install the CUDA toolkit 12 or 13, or `pip install nvidia-cuda-nvrtc`; or name its folder in SERENITY_CUDA_LIBRARIES",
-            Library::CublasLt => "install the CUDA toolkit 12 or 13, or `pip install nvidia-cublas`; or name its folder in SERENITY_CUDA_LIBRARIES",
+            Library::Nvrtc => {
+                "install the CUDA toolkit 12 or 13, or `pip install nvidia-cuda-nvrtc`; or name its folder in SERENITY_CUDA_LIBRARIES"
+            }
+            Library::CublasLt => {
+                "install the CUDA toolkit 12 or 13, or `pip install nvidia-cublas`; or name its folder in SERENITY_CUDA_LIBRARIES"
+            }
             Library::Cudnn => "install cuDNN 9, or `pip install nvidia-cudnn-cu13`; or name its folder in SERENITY_CUDA_LIBRARIES",
         }
     }

@@ -126,7 +126,9 @@ impl Mat {
     /// Whether every row starts at a multiple of 16 bytes and is made of groups of `lanes` elements.
     #[must_use]
     pub fn wide(self, lanes: usize) -> bool {
-        self.ptr.address().is_multiple_of(16) && (self.rows <= 1 || (self.stride * self.ty.bytes()).is_multiple_of(16)) && self.cols.is_multiple_of(lanes)
+        self.ptr.address().is_multiple_of(16)
+            && (self.rows <= 1 || (self.stride * self.ty.bytes()).is_multiple_of(16))
+            && self.cols.is_multiple_of(lanes)
     }
 
     /// Checks shape and type.

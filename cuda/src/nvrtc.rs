@@ -8,7 +8,11 @@ use serenity_protocol::{Error, Result};
 use crate::libraries::{Library, require};
 
 fn check(code: nvrtcResult, what: &str) -> Result<()> {
-    if code == nvrtcResult::NVRTC_SUCCESS { Ok(()) } else { Err(Error::invariant(format!("the run-time compiler fails: {what}")).cause(format!("{code:?}"))) }
+    if code == nvrtcResult::NVRTC_SUCCESS {
+        Ok(())
+    } else {
+        Err(Error::invariant(format!("the run-time compiler fails: {what}")).cause(format!("{code:?}")))
+    }
 }
 
 /// What to compile for.
@@ -103,7 +107,8 @@ pub fn compile(name: &str, source: &str, target: Target, options: &[&str]) -> Re
     // SAFETY: the program lives; `pointers` has `count` zero-terminated strings.
     let code = unsafe { sys::nvrtcCompileProgram(program.0, count, pointers.as_ptr()) };
     if code != nvrtcResult::NVRTC_SUCCESS {
-        return Err(Error::invariant(format!("the kernels in {name} do not compile for {}", target.option())).cause(log(&program).unwrap_or_default()));
+        return Err(Error::invariant(format!("the kernels in {name} do not compile for {}", target.option()))
+            .cause(log(&program).unwrap_or_default()));
     }
     match target {
         Target::Cubin(_) => read(&program, sys::nvrtcGetCUBINSize, sys::nvrtcGetCUBIN),

@@ -29,10 +29,7 @@ pub type Section = (&'static str, fn(&mut Check<'_>) -> Result<()>);
 /// All sections in the order they run.
 #[must_use]
 pub fn sections() -> Vec<Section> {
-    vec![
-        ("dequant", rows::dequant as fn(&mut Check<'_>) -> Result<()>),
-        ("norm", rows::norm),
-    ]
+    vec![("dequant", rows::dequant as fn(&mut Check<'_>) -> Result<()>), ("norm", rows::norm)]
 }
 
 /// One line of the table.
@@ -213,7 +210,14 @@ impl<'g> Check<'g> {
     ///
     /// # Errors
     /// What `run` returns: the section ends.
-    pub fn case(&mut self, name: impl Into<String>, limit: f64, outputs: &[Expected], work: Work, run: &dyn Fn(&Gpu) -> Result<()>) -> Result<()> {
+    pub fn case(
+        &mut self,
+        name: impl Into<String>,
+        limit: f64,
+        outputs: &[Expected],
+        work: Work,
+        run: &dyn Fn(&Gpu) -> Result<()>,
+    ) -> Result<()> {
         let poison = |check: &Self| outputs.iter().try_for_each(|o| check.poison(o.mat));
         self.case_after(name, limit, outputs, work, &poison, run)
     }
@@ -257,7 +261,8 @@ impl<'g> Check<'g> {
         if first != second {
             problem = problem.or(Some("two runs differ".to_string()));
         }
-        let micros = if matches!(work, Work::None) { None } else { Some(self.median_micros(&|c| prepare(c).and_then(|()| c.flush()), run)?) };
+        let micros =
+            if matches!(work, Work::None) { None } else { Some(self.median_micros(&|c| prepare(c).and_then(|()| c.flush()), run)?) };
         let rate = micros.and_then(|m| work.rate(m));
         let row = Row { error: Some(worst), limit: Some(limit), ok: problem.is_none(), micros, rate, problem, ..self.row(name) };
         self.push(row);

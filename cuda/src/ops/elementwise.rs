@@ -69,10 +69,10 @@ impl Gpu {
         }
         let tokens = check_modulation("a gate", gate, y)?;
         let mut args = view(y).to_vec();
-        args.extend([h.map_or(Ptr::NULL, |h| h.ptr).into(), h.map_or(0, |h| h.stride).into()]);
+        args.extend_from_slice(&[h.map_or(Ptr::NULL, |h| h.ptr).into(), h.map_or(0, |h| h.stride).into()]);
         args.extend(view(gate));
         args.extend(view(o));
-        args.extend([int(tokens)?.into(), y.cols.into()]);
+        args.extend_from_slice(&[int(tokens)?.into(), y.cols.into()]);
         self.elementwise(&format!("gated_{}", y.ty.name()), y, &[y, h.unwrap_or(y), gate, o], &args)
     }
 
@@ -104,9 +104,9 @@ impl Gpu {
     fn sum(&self, out: Mat, a: Option<Mat>, b: Mat, factor: f32) -> Result<()> {
         b.expect_shape("a summand", b.ty, out.rows, out.cols)?;
         let mut args = view(out).to_vec();
-        args.extend([a.map_or(Ptr::NULL, |a| a.ptr).into(), a.map_or(0, |a| a.stride).into()]);
+        args.extend_from_slice(&[a.map_or(Ptr::NULL, |a| a.ptr).into(), a.map_or(0, |a| a.stride).into()]);
         args.extend(view(b));
-        args.extend([factor.into(), out.cols.into()]);
+        args.extend_from_slice(&[factor.into(), out.cols.into()]);
         self.elementwise(&format!("add_{}_{}", out.ty.name(), b.ty.name()), out, &[out, a.unwrap_or(out), b], &args)
     }
 

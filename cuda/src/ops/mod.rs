@@ -35,7 +35,9 @@ fn variant(name: &str, mats: &[Mat]) -> (String, usize) {
 /// Checks per-sample parameters: `rows` samples of `cols` values for `tokens` rows each.
 fn check_modulation(what: &str, m: Mat, x: Mat) -> Result<usize> {
     if m.rows == 0 || !x.rows.is_multiple_of(m.rows) {
-        return Err(Error::invariant(format!("{what} has a wrong number of samples")).expected(format!("a divisor of {} rows", x.rows)).found(m.describe()));
+        return Err(Error::invariant(format!("{what} has a wrong number of samples"))
+            .expected(format!("a divisor of {} rows", x.rows))
+            .found(m.describe()));
     }
     m.expect_shape(what, crate::mat::Ty::F32, m.rows, x.cols)?;
     Ok(x.rows / m.rows)

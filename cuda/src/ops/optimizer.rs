@@ -56,7 +56,9 @@ impl AdamW {
     pub fn new(gpu: &Gpu, arena: &Arena, config: &OptimizerConfig, tensors: &[Trained]) -> Result<Self> {
         let table: Vec<u64> = tensors
             .iter()
-            .flat_map(|t| [t.parameter.address(), t.gradient.address(), t.first.address(), t.second.address(), t.copy.address(), t.len as u64])
+            .flat_map(|t| {
+                [t.parameter.address(), t.gradient.address(), t.first.address(), t.second.address(), t.copy.address(), t.len as u64]
+            })
             .collect();
         let chunks = chunk_table(tensors.iter().map(|t| t.len));
         let count = u32::try_from(chunks.len() / 2).map_err(|_| Error::invariant("there are too many trained values for one launch"))?;

@@ -101,7 +101,9 @@ impl Gpu {
     /// [`Error::Invariant`] if the shapes do not fit.
     pub fn dequant_rows(&self, out: Mat, from: Int8Rows) -> Result<()> {
         if out.rows != from.rows || out.cols > from.padded {
-            return Err(Error::invariant("codes and weights differ in shape").expected(format!("{} x {}", from.rows, from.padded)).found(out.describe()));
+            return Err(Error::invariant("codes and weights differ in shape")
+                .expected(format!("{} x {}", from.rows, from.padded))
+                .found(out.describe()));
         }
         if out.is_empty() {
             return Ok(());
@@ -110,8 +112,15 @@ impl Gpu {
         let name = format!("dequant_rows_{}{}", out.ty.name(), if wide { "" } else { "_1" });
         let threads = THREADS as usize;
         let grid = if wide { grid(out.rows.div_ceil(4), out.cols, 16 * threads)? } else { grid(out.rows, out.cols, threads)? };
-        let args =
-            [out.ptr.into(), out.stride.into(), from.codes.into(), from.padded.into(), from.scales.into(), out.rows.into(), out.cols.into()];
+        let args = [
+            out.ptr.into(),
+            out.stride.into(),
+            from.codes.into(),
+            from.padded.into(),
+            from.scales.into(),
+            out.rows.into(),
+            out.cols.into(),
+        ];
         self.launch(&name, grid, BLOCK, 0, &args)
     }
 
@@ -150,7 +159,8 @@ impl Gpu {
     /// # Errors
     /// [`Error::Invariant`] if the shapes do not fit.
     pub fn ln_mod_bwd(&self, dx: Mat, residual: Option<Mat>, dy: Mat, x: Mat, scale: Mat, eps: f32) -> Result<()> {
-        for (what, mat) in [("the gradient of a norm's input", dx), ("the gradient of a norm", dy), ("a residual", residual.unwrap_or(dx))] {
+        for (what, mat) in [("the gradient of a norm's input", dx), ("the gradient of a norm", dy), ("a residual", residual.unwrap_or(dx))]
+        {
             mat.expect_shape(what, x.ty, x.rows, x.cols)?;
         }
         if x.is_empty() {
@@ -184,9 +194,9 @@ impl Gpu {
         let Some(shape) = self.head_launch("qk_norm_rope", &[from.q, from.k, from.v], to, norm)? else { return Ok(()) };
         let mut args = Vec::with_capacity(23);
         for mat in [from.q, from.k, from.v] {
-            args.extend([mat.ptr.into(), mat.stride.into()]);
+            args.extend_from_slice(&[mat.ptr.into(), mat.stride.into()]);
         }
-        args.extend([to.q, to.k, to.v].map(crate::Arg::from));
+        args.extend_from_slice(&[to.q, to.k, to.v].map(crate::Arg::from));
         shape.finish(&mut args, to.strides, norm)?;
         self.launch(&shape.name, shape.grid, BLOCK, 0, &args)
     }
@@ -201,12 +211,12 @@ impl Gpu {
         let Some(shape) = self.head_launch("qk_norm_rope_bwd", &mats, grads, norm)? else { return Ok(()) };
         let mut args = Vec::with_capacity(28);
         for mat in [from.q, from.k] {
-            args.extend([mat.ptr.into(), mat.stride.into()]);
+            args.extend_from_slice(&[mat.ptr.into(), mat.stride.into()]);
         }
-        args.extend([grads.q, grads.k, grads.v].map(crate::Arg::from));
-        args.extend([grads.strides.sample.into(), grads.strides.token.into(), grads.strides.head.into()]);
+        args.extend_from_slice(&[grads.q, grads.k, grads.v].map(crate::Arg::from));
+        args.extend_from_slice(&[grads.strides.sample.into(), grads.strides.token.into(), grads.strides.head.into()]);
         for mat in [to.q, to.k, to.v] {
-            args.extend([mat.ptr.into(), mat.stride.into()]);
+            args.extend_from_slice(&[mat.ptr.into(), mat.stride.into()]);
         }
         shape.finish_norm(&mut args, norm)?;
         self.launch(&shape.name, shape.grid, BLOCK, 0, &args)
@@ -223,13 +233,17 @@ impl Gpu {
             return Ok(None);
         }
         if head_dim == 0 || !head_dim.is_multiple_of(2) || samples == 0 || !rows.is_multiple_of(samples) {
-            return Err(Error::invariant("heads that cannot be rotated").found(format!("{samples} samples, {rows} rows, head_dim {head_dim}")));
+            return Err(
+                Error::invariant("heads that cannot be rotated").found(format!("{samples} samples, {rows} rows, head_dim {head_dim}"))
+            );
         }
         let tokens = rows / samples;
         for (what, table) in [("cosines", cos), ("sines", sin)] {
             table.expect_shape(what, Ty::F32, table.rows, head_dim / 2)?;
             if table.rows < first_token + tokens || table.stride != head_dim / 2 {
-                return Err(Error::invariant(format!("the table of {what} is too short")).expected(first_token + tokens).found(table.describe()));
+                return Err(Error::invariant(format!("the table of {what} is too short"))
+                    .expected(first_token + tokens)
+                    .found(table.describe()));
             }
         }
         let lanes = ty.lanes();
@@ -259,12 +273,12 @@ struct HeadLaunch {
 
 impl HeadLaunch {
     fn finish(&self, args: &mut Vec<crate::Arg>, strides: HeadStrides, norm: &HeadNorm) -> Result<()> {
-        args.extend([strides.sample.into(), strides.token.into(), strides.head.into()]);
+        args.extend_from_slice(&[strides.sample.into(), strides.token.into(), strides.head.into()]);
         self.finish_norm(args, norm)
     }
 
     fn finish_norm(&self, args: &mut Vec<crate::Arg>, norm: &HeadNorm) -> Result<()> {
-        args.extend([norm.weight_q.into(), norm.weight_k.into(), norm.cos.ptr.into(), norm.sin.ptr.into(), self.items.into()]);
+        args.extend_from_slice(&[norm.weight_q.into(), norm.weight_k.into(), norm.cos.ptr.into(), norm.sin.ptr.into(), self.items.into()]);
         for value in [self.tokens, norm.first_token, norm.heads, norm.head_dim, self.group] {
             args.push(int(value)?.into());
         }
