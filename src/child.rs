@@ -1,7 +1,7 @@
 //! One child process: started in its own group with a control channel on its standard input, watched through a pidfd.
 //!
-//! Three threads serve a child: one reads its messages, one its output, one waits for its end. The last joins the other two before it
-//! reports [`Event::Exited`], so that nothing of a child comes after its end. Everything arrives in one channel; only the launcher's
+//! Three threads serve a child: one reads its messages, one its standard error, one waits for its end. The last lets the other two
+//! finish before it reports [`Event::Exited`], so that nothing of a child comes after its end. Everything arrives in one channel; only the launcher's
 //! main thread acts on it.
 //!
 //! A child must be started by the main thread: the kernel ties the parent-death signal to the thread that did it. Dropping a [`Child`]
@@ -18,7 +18,7 @@ use std::path::{Path, PathBuf};
 use std::process::{Command, Stdio};
 use std::sync::mpsc::Sender;
 use std::thread::JoinHandle;
-use std::time::{Duration, SystemTime, UNIX_EPOCH};
+use std::time::{Duration, Instant, SystemTime, UNIX_EPOCH};
 
 use rustix::event::{PollFd, PollFlags, poll};
 use rustix::process::{Pid, PidfdFlags, Signal, pidfd_open, pidfd_send_signal};
@@ -30,6 +30,8 @@ use crate::supervise::Ended;
 
 /// A longer line of output is cut here.
 const LINE_BYTES_MAX: u64 = 64 << 10;
+/// Time for the last words of a child that has ended.
+const READER_PATIENCE: Duration = Duration::from_secs(1);
 /// Time that a dropped child has between SIGTERM and SIGKILL.
 const DROP_PATIENCE: Duration = Duration::from_secs(5);
 
@@ -126,8 +128,9 @@ impl Child {
         let sender = events.clone();
         thread(format!("{role} end"), move || {
             wait_for_end(&pidfd);
-            // A panic in a reader has been printed; the child's end counts all the same.
-            let _ = (messages.join(), lines.join());
+            for reader in [messages, lines] {
+                finish(reader);
+            }
             // The launcher may be gone already.
             let _ = sender.send(Event::Exited(role));
         })
@@ -190,6 +193,19 @@ fn thread<F: FnOnce() + Send + 'static>(name: String, body: F) -> std::io::Resul
     std::thread::Builder::new().name(name).spawn(body)
 }
 
+/// Waits for a reader to deliver the last of a child that has ended. A process that the child started may hold the other end open: it
+/// is not waited for.
+fn finish(reader: JoinHandle<()>) {
+    let deadline = Instant::now() + READER_PATIENCE;
+    while !reader.is_finished() && Instant::now() < deadline {
+        std::thread::sleep(Duration::from_millis(2));
+    }
+    if reader.is_finished() {
+        // A panic in it has been printed; the child's end counts all the same.
+        let _ = reader.join();
+    }
+}
+
 fn unix_seconds() -> u64 {
     SystemTime::now().duration_since(UNIX_EPOCH).unwrap_or_default().as_secs()
 }
@@ -208,9 +224,9 @@ fn wait_for_end(pidfd: &OwnedFd) {
 
 /// Whether the process ends within `patience`: its pidfd becomes readable then.
 fn ends_within(pidfd: &OwnedFd, patience: Duration) -> bool {
-    let deadline = std::time::Instant::now() + patience;
+    let deadline = Instant::now() + patience;
     loop {
-        let left = deadline.saturating_duration_since(std::time::Instant::now());
+        let left = deadline.saturating_duration_since(Instant::now());
         let timeout =
             rustix::event::Timespec { tv_sec: left.as_secs().try_into().unwrap_or(i64::MAX), tv_nsec: left.subsec_nanos().into() };
         match poll(&mut [PollFd::from_borrowed_fd(pidfd.as_fd(), PollFlags::IN)], Some(&timeout)) {
@@ -365,7 +381,7 @@ mod tests {
     #[test]
     fn kill_and_stop_reach_the_child() {
         let folder = tempfile::tempdir().unwrap();
-        let (child, events) = shell("sleep 60", folder.path());
+        let (child, events) = shell("exec sleep 60", folder.path());
         child.kill();
         until_end(&events);
         assert_eq!(child.reap().unwrap(), Ended::Signal(9));
@@ -384,6 +400,18 @@ mod tests {
         drop(child);
         until_end(&events);
         assert!(!Path::new(&format!("/proc/{pid}")).exists());
+    }
+
+    #[test]
+    fn a_grandchild_that_holds_the_output_does_not_delay_the_end() {
+        let folder = tempfile::tempdir().unwrap();
+        let begun = Instant::now();
+        let (child, events) = shell("sleep 30 & echo $! >&2; exit 3", folder.path());
+        let seen = until_end(&events);
+        assert!(begun.elapsed() < Duration::from_secs(15));
+        assert_eq!(child.reap().unwrap(), Ended::Code(3));
+        let Some(Event::Line(_, _, pid)) = seen.first() else { panic!("{seen:?}") };
+        rustix::process::kill_process(Pid::from_raw(pid.parse().unwrap()).unwrap(), Signal::KILL).unwrap();
     }
 
     #[test]

@@ -107,7 +107,7 @@ impl Display {
         }
         match self.mode {
             Mode::Json => self.emit("phase", json!({"phase": name, "state": "ends", "seconds": seconds})),
-            Mode::Bar | Mode::Lines => err(&format!("{what}: {}", clock(seconds))),
+            Mode::Bar | Mode::Lines => err(&format!("{what} after {}", clock(seconds))),
         }
     }
 
@@ -152,7 +152,7 @@ impl Display {
                     err(&format!("step {}/{}  {text}", report.step, report.steps));
                 }
             }
-            Mode::Bar => self.draw(report.step, report.steps, text),
+            Mode::Bar => self.draw(report.step, report.steps, format!("{}/{}  {text}", report.step, report.steps)),
         }
     }
 
@@ -229,7 +229,7 @@ impl Display {
     fn draw(&self, done: u64, total: u64, text: String) {
         let Some(bar) = &self.bar else { return };
         if bar.length() != Some(total) {
-            bar.set_style(style("{prefix} {wide_bar} {percent}% {msg}"));
+            bar.set_style(style("{prefix} {wide_bar} {msg}"));
             bar.set_length(total);
         }
         bar.set_position(done);

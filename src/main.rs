@@ -157,13 +157,13 @@ fn report_done(cli: &Cli, progress: &Progress, seconds: f64) -> ExitCode {
 
 fn report_stopped(cli: &Cli, progress: &Progress, seconds: f64) -> ExitCode {
     let code = 75;
-    let at = match &progress.checkpoint {
-        Some(path) => format!(" after step {} ({})", progress.step, path.display()),
-        None => String::new(),
+    let text = match &progress.checkpoint {
+        Some(path) => format!("stopped after step {} ({}); the same command goes on from there\n", progress.step, path.display()),
+        None => "stopped; finished work is kept, and the same command goes on from there\n".to_string(),
     };
     let value =
         json!({"status": "stopped", "exit_code": code, "step": progress.step, "checkpoint": progress.checkpoint, "seconds": seconds});
-    Display::new(cli.json, None).result(value, &format!("stopped{at}; the same command goes on from there\n"));
+    Display::new(cli.json, None).result(value, &text);
     ExitCode::from(code)
 }
 

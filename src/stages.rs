@@ -149,8 +149,12 @@ impl Launcher {
         self.display.phase_begins(stage.name, stage.doing);
         let outcome = self.run_stage(stage);
         let seconds = begun.elapsed().as_secs_f64();
-        let done = matches!(outcome, Ok(Outcome::Done));
-        self.display.phase_ends(stage.name, if done { stage.done } else { "ended early" }, seconds);
+        let how = match outcome {
+            Ok(Outcome::Done) => stage.done,
+            Ok(Outcome::Stopped) => "stopped",
+            Ok(Outcome::Failed { .. }) | Err(_) => "failed",
+        };
+        self.display.phase_ends(stage.name, how, seconds);
         match outcome? {
             Outcome::Done => Ok(true),
             Outcome::Stopped => Ok(false),

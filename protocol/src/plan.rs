@@ -23,6 +23,8 @@ use crate::slab::Slab;
 use crate::slab::manifest::padded_in;
 use crate::targets::{TargetMatch, match_targets};
 
+use memory::product;
+
 pub use display::human_bytes;
 pub use memory::{Amount, MemoryPlan, RingMemory};
 
@@ -358,16 +360,17 @@ fn disk_plan(
     problems: &mut Vec<Error>,
 ) -> Vec<DiskPlan> {
     let side = u64::from(config.resolution / 16);
-    let text = (config.model.max_sequence_length as u64 + 1) * geometry.joint_attention_dim as u64 * 2;
-    let latent = side * side * geometry.in_channels as u64 * 4;
-    let cache_bytes = cache.captions_missing as u64 * text + cache.images_missing as u64 * latent;
+    let text =
+        product(&[cache.captions_missing as u64, config.model.max_sequence_length as u64 + 1, geometry.joint_attention_dim as u64, 2]);
+    let latents = product(&[cache.images_missing as u64, side, side, geometry.in_channels as u64, 4]);
+    let cache_bytes = text.saturating_add(latents);
     let slab_bytes = if slab.state == SlabState::Missing { slab.bytes } else { 0 };
     let mut disks: Vec<(u64, DiskPlan)> = Vec::new();
     for (what, path, bytes) in [("slab", &slab.path, slab_bytes), ("cache", &cache.folder, cache_bytes)] {
         let Some((device, folder, free)) = file_system_of(path).filter(|_| bytes > 0) else { continue };
         match disks.iter_mut().find(|(d, _)| *d == device) {
             Some((_, disk)) => {
-                disk.needed_bytes += bytes;
+                disk.needed_bytes = disk.needed_bytes.saturating_add(bytes);
                 disk.what.push(what.to_string());
             }
             None => disks.push((device, DiskPlan { path: folder, what: vec![what.to_string()], needed_bytes: bytes, free_bytes: free })),
@@ -409,4 +412,99 @@ fn file_system_of(path: &Path) -> Option<(u64, PathBuf, u64)> {
 pub(crate) fn free_bytes(folder: &Path) -> Option<u64> {
     let fs = rustix::fs::statvfs(folder).ok()?;
     Some(fs.f_bavail.saturating_mul(fs.f_frsize))
+}
+
+#[cfg(test)]
+mod tests {
+    #![allow(clippy::unwrap_used, clippy::expect_used)]
+    use super::*;
+    use crate::config::Overrides;
+
+    /// FLUX.2 [dev] (spec/flux2.md 1.1).
+    fn dev() -> TransformerGeometry {
+        serde_json::from_str(
+            r#"{"in_channels": 128, "num_layers": 8, "num_single_layers": 48, "attention_head_dim": 128, "num_attention_heads": 48,
+                "joint_attention_dim": 15360, "axes_dims_rope": [32, 32, 32, 32]}"#,
+        )
+        .unwrap()
+    }
+
+    fn config(output_dir: &Path, stagehand: serde_json::Value) -> Config {
+        let json = serde_json::json!({"model": {"path": "m"}, "data": {"concepts": ["d"]}, "name": "n", "output_dir": output_dir,
+            "memory": {"stagehand": stagehand}});
+        Config::from_json(&json.to_string(), "c.json".as_ref(), &Overrides::default()).unwrap()
+    }
+
+    /// State of the slab and exit codes of the problems.
+    fn state(config: &Config) -> (SlabState, Vec<u8>) {
+        let mut problems = Vec::new();
+        let plan = slab_plan(config, &dev(), &mut problems).unwrap();
+        (plan.state, problems.iter().map(Error::exit_code).collect())
+    }
+
+    #[test]
+    fn a_slab_is_built_only_where_none_is_lost() {
+        let folder = tempfile::tempdir().unwrap();
+        let out = folder.path().join("out");
+        let own = config(&out, serde_json::json!({}));
+        assert_eq!(state(&own), (SlabState::Missing, vec![]));
+        // The manifest is written last: without it, the run's own slab is an unfinished one.
+        std::fs::create_dir_all(out.join("slab")).unwrap();
+        std::fs::write(&own.memory.slab_path, "half").unwrap();
+        assert_eq!(state(&own), (SlabState::Missing, vec![]));
+        std::fs::write(&own.memory.manifest_path, "{").unwrap();
+        assert_eq!(state(&own), (SlabState::Unusable, vec![65]));
+
+        let given = config(&out, serde_json::json!({"squareq_slab_path": folder.path().join("x.y.safetensors")}));
+        assert_eq!(state(&given), (SlabState::Missing, vec![]));
+        std::fs::write(&given.memory.slab_path, "somebody's").unwrap();
+        assert_eq!(state(&given), (SlabState::Unusable, vec![69]));
+        std::fs::write(folder.path().join("x.y.build.partial"), "journal").unwrap();
+        assert_eq!(state(&given), (SlabState::Missing, vec![]));
+
+        let other = serde_json::json!({"squareq_slab_path": folder.path().join("a.safetensors"), "squareq_manifest_path": "b.json"});
+        assert_eq!(state(&config(&out, other)), (SlabState::Missing, vec![64]));
+    }
+
+    #[test]
+    fn the_predicted_slab_is_that_of_the_full_model() {
+        // 31.4 GB of codes, scales and zero points of the blocks' rows, and 1.63 GB in bf16 beside it (spec/flux2.md 1.2).
+        let bytes = slab_bytes(&dev()).unwrap();
+        let codes = memory::block_parameters(&dev()) - (8 * 512 + 48 * 256);
+        assert!(bytes > codes + 1_632_000_000 && bytes < codes + 1_632_000_000 + 60_000_000, "{bytes}");
+    }
+
+    #[test]
+    fn pinned_slab_mb_must_hold_the_largest_block() {
+        // A double block has 1872 MiB in bf16 (spec/squareq-stagehand-serenity.md 3.1).
+        for (slab_mb, fits) in [(2048, true), (1024, false)] {
+            let mut problems = Vec::new();
+            let config = config("o".as_ref(), serde_json::json!({"pinned_pool_mb": 8192, "pinned_slab_mb": slab_mb}));
+            check_original_slab_size(&config, &dev(), &mut problems);
+            assert_eq!(problems.is_empty(), fits, "{slab_mb}");
+        }
+    }
+
+    #[test]
+    fn a_full_disk_is_a_problem_for_the_slab_and_a_note_for_the_cache() {
+        let folder = tempfile::tempdir().unwrap();
+        let config = config(folder.path(), serde_json::json!({}));
+        let cache = |missing| CacheSummary {
+            folder: folder.path().join("cache"),
+            samples: missing,
+            captions: missing,
+            captions_missing: missing,
+            images: missing,
+            images_missing: missing,
+        };
+        let slab = |bytes| SlabPlan { path: config.memory.slab_path.clone(), manifest: "m".into(), state: SlabState::Missing, bytes };
+        let run = |bytes, missing| {
+            let (mut notices, mut problems) = (Vec::new(), Vec::new());
+            let disks = disk_plan(&config, &dev(), &slab(bytes), &cache(missing), &mut notices, &mut problems);
+            (disks.len(), notices.len(), problems.iter().map(Error::exit_code).collect::<Vec<_>>())
+        };
+        assert_eq!(run(1, 1), (1, 0, vec![]));
+        assert_eq!(run(1 << 60, 0), (1, 1, vec![75]));
+        assert_eq!(run(1, 1 << 40), (1, 1, vec![]));
+    }
 }

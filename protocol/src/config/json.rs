@@ -156,11 +156,12 @@ fn explain(path: &str, message: &str) -> Error {
     // The path ends with the unknown key itself.
     let section = path.strip_suffix(key).unwrap_or(path).trim_end_matches('.');
     let place = if section.is_empty() { "at the root".to_string() } else { format!("in `{section}`") };
-    let error = Error::config(format!("unknown key `{key}` {place}")).expected(format!("one of {}", known.join(", ")));
+    let error = Error::config(format!("unknown key `{key}` {place}"));
     match (nearest(key, &known), section_with(key, section)) {
         (Some(near), _) => error.advice(format!("did you mean `{near}`?")),
         (None, Some(other)) => error.advice(format!("`{key}` belongs {other}")),
-        (None, None) => error.advice("remove it, or correct its spelling"),
+        // The whole list only where nothing better can be said: the root alone has some sixty keys.
+        (None, None) => error.expected(format!("one of {}", known.join(", "))).advice("remove it, or correct its spelling"),
     }
 }
 

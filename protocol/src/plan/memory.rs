@@ -64,7 +64,12 @@ pub struct RingMemory {
 /// Sum of `amounts`.
 #[must_use]
 pub fn total(amounts: &[Amount]) -> u64 {
-    amounts.iter().map(|a| a.bytes).sum()
+    amounts.iter().fold(0, |sum, a| sum.saturating_add(a.bytes))
+}
+
+/// Product that ends at the largest number: settings that nobody can run are still planned.
+pub(super) fn product(factors: &[u64]) -> u64 {
+    factors.iter().fold(1, |product: u64, f| product.saturating_mul(*f))
 }
 
 /// Parameters of one block, norms included.
@@ -146,13 +151,15 @@ fn trainer(config: &Config, geometry: &TransformerGeometry, adapter_parameters: 
         MemoryStrategy::Stagehand => (2 * largest_block_parameters(geometry)).min(block_parameters(geometry)),
         MemoryStrategy::Resident => block_parameters(geometry),
     };
-    let inputs = geometry.num_blocks() as u64 * config.gradient_accumulation_steps as u64 * batch * tokens * d;
+    let blocks = geometry.num_blocks() as u64;
+    let inputs = product(&[p, blocks, config.gradient_accumulation_steps as u64, batch, tokens, d]);
+    let each_token = p.saturating_mul(9 * d + 5 * m).saturating_add(product(&[4, heads, tokens]));
     vec![
-        Amount { what: "adapters, gradients and moments", bytes: 16 * adapter_parameters },
+        Amount { what: "adapters, gradients and moments", bytes: product(&[16, adapter_parameters]) },
         Amount { what: "weights outside the blocks", bytes: p * other_parameters(geometry) },
         Amount { what: "block weights", bytes: p * held },
-        Amount { what: "block inputs kept", bytes: p * inputs },
-        Amount { what: "activations of one block", bytes: batch * tokens * (p * (9 * d + 5 * m) + 4 * heads * tokens) },
+        Amount { what: "block inputs kept", bytes: inputs },
+        Amount { what: "activations of one block", bytes: product(&[batch, tokens, each_token]) },
     ]
 }
 
@@ -162,8 +169,8 @@ fn encoder(config: &Config, text: &TextGeometry, cache: &CacheSummary) -> Vec<Am
     let p = dtype_bytes(config);
     let (hidden, attention) = (text.hidden as u64, ((text.heads + text.kv_heads) * text.head_dim) as u64);
     let layer = 2 * hidden * attention + 3 * hidden * text.intermediate as u64 + 2 * hidden;
-    let states = cache.captions_missing as u64 * config.model.max_sequence_length as u64 * hidden * 4;
-    vec![Amount { what: "two layers", bytes: 2 * p * layer }, Amount { what: "hidden states, at most", bytes: p * states }]
+    let states = product(&[p, cache.captions_missing as u64, config.model.max_sequence_length as u64, hidden, 4]);
+    vec![Amount { what: "two layers", bytes: 2 * p * layer }, Amount { what: "hidden states, at most", bytes: states }]
 }
 
 /// Whether it fits. A ring that /dev/shm cannot hold is certain to fail; the rest is a prediction, and so a notice.
@@ -253,6 +260,16 @@ mod tests {
         let resident = weights(&config(r#", "memory": {"strategy": "resident"}"#));
         assert_eq!((streaming, resident), (2 * 2 * 981_467_648, 2 * block_parameters(&g)));
         assert_eq!(weights(&config(r#", "train_dtype": "float32""#)), 2 * resident);
+    }
+
+    /// Settings at their limits are far beyond any machine, but must not overflow.
+    #[test]
+    fn the_largest_settings_are_still_a_number() {
+        let extra = r#", "batch_size": 4096, "gradient_accumulation_steps": 65536, "adapter": {"rank": 65536}"#;
+        let mut c = config(extra);
+        c.resolution = 16_384;
+        c.model.max_sequence_length = 32_768;
+        assert_eq!(total(&trainer(&c, &dev(), u64::MAX / 2)), u64::MAX);
     }
 
     #[test]
