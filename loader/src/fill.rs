@@ -90,10 +90,8 @@ impl Filler {
             if start >= end {
                 continue;
             }
-            let (layer, scales) = self
-                .layers
-                .get(&part.linear)
-                .ok_or_else(|| Error::invariant(format!("no scales were read for '{}'", part.linear)))?;
+            let (layer, scales) =
+                self.layers.get(&part.linear).ok_or_else(|| Error::invariant(format!("no scales were read for '{}'", part.linear)))?;
             shares.push(Share { part, layer, scales, of_part: start - part.offset..end - part.offset, at: (start - range.start) as usize });
         }
         Ok(shares)

@@ -113,7 +113,11 @@ impl Shared {
             self.segment.wake(consumer::WAKE);
             return Ok(());
         }
-        tracing::warn!("a retained chunk of an earlier loader is damaged and is read again (block {}, chunk {})", job.content.block, job.content.chunk);
+        tracing::warn!(
+            "a retained chunk of an earlier loader is damaged and is read again (block {}, chunk {})",
+            job.content.block,
+            job.content.chunk
+        );
         self.producer()?.abandon(job)
     }
 }

@@ -158,7 +158,11 @@ impl SlabFile {
         if expected == found || (!self.from_manifest && found == 0 && expected == 1) {
             return Ok(());
         }
-        let what = if self.from_manifest { "the slab is corrupt: a page does not have the checksum in the manifest" } else { "the slab changed while it was in use" };
+        let what = if self.from_manifest {
+            "the slab is corrupt: a page does not have the checksum in the manifest"
+        } else {
+            "the slab changed while it was in use"
+        };
         Err(Error::data(what)
             .at(&self.path)
             .offset(index as u64 * self.page_bytes)

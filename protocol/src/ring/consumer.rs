@@ -50,8 +50,7 @@ impl<M: Words> Consumer<M> {
     /// [`Error::Invariant`] if a state word holds no state.
     pub fn attach(memory: M, shape: Shape, catalogue: Catalogue) -> Result<Self> {
         let epoch = next_epoch(u64::from(unpack_epoch(memory.load(consumer::POSTED)).0));
-        let this =
-            Self { memory, shape, catalogue, epoch, posted: 0, ordinal_end: 0, open: VecDeque::new(), sequence: 0, chunk: 0 };
+        let this = Self { memory, shape, catalogue, epoch, posted: 0, ordinal_end: 0, open: VecDeque::new(), sequence: 0, chunk: 0 };
         // Position before queue: the loader ignores a position whose epoch is not the queue's.
         this.memory.store(consumer::POSITION, pack_epoch(epoch, 0));
         this.memory.store(consumer::POSTED, pack_epoch(epoch, 0));
@@ -76,8 +75,10 @@ impl<M: Words> Consumer<M> {
     /// Posts requests, in order, and returns how many fitted into the queue. The driver wakes the loader afterwards.
     ///
     /// # Errors
-    /// [`Error::Invariant`] for a block that the model does not have, or after 2^32 requests.
+    /// [`Error::Invariant`] for a block that the model does not have, or after 2^32 requests; [`Error::Absent`] if another consumer has
+    /// taken over.
     pub fn post(&mut self, blocks: &[u16]) -> Result<usize> {
+        self.check_fence()?;
         let space = self.shape.requests - self.open.len();
         let count = space.min(blocks.len());
         for &block in &blocks[..count] {
@@ -103,10 +104,7 @@ impl<M: Words> Consumer<M> {
     /// # Errors
     /// [`Error::Invariant`] if nothing is requested, [`Error::Absent`] if another consumer has taken over.
     pub fn try_lease(&mut self) -> Result<Option<Leased>> {
-        let now = self.memory.load(consumer::POSTED);
-        if unpack_epoch(now).0 != self.epoch {
-            return Err(fenced_error("consumer", self.epoch, u64::from(unpack_epoch(now).0)));
-        }
+        self.check_fence()?;
         let Some(&(block, first)) = self.open.front() else {
             return Err(Error::invariant("a chunk was awaited that was never requested"));
         };
@@ -163,6 +161,7 @@ impl<M: Words> Consumer<M> {
     }
 
     fn free(&mut self, leased: &Leased, keep: bool) -> Result<()> {
+        self.check_fence()?;
         let at = self.shape.slot(leased.slot);
         if !keep {
             Descriptor::invalidate(&self.memory, at);
@@ -177,11 +176,17 @@ impl<M: Words> Consumer<M> {
         self.memory.store(consumer::FINISHED, u64::from(self.epoch));
     }
 
-    fn fenced(&self, index: usize, found: u64) -> Error {
+    fn check_fence(&self) -> Result<()> {
         let now = unpack_epoch(self.memory.load(consumer::POSTED)).0;
-        if now != self.epoch {
-            return fenced_error("consumer", self.epoch, u64::from(now));
+        if now == self.epoch { Ok(()) } else { Err(fenced_error("consumer", self.epoch, u64::from(now))) }
+    }
+
+    fn fenced(&self, index: usize, found: u64) -> Error {
+        match self.check_fence() {
+            Err(e) => e,
+            Ok(()) => {
+                Error::invariant(format!("slot {index} changed while the consumer held it")).found(format!("{:?}", SlotWord::unpack(found)))
+            }
         }
-        Error::invariant(format!("slot {index} changed while the consumer held it")).found(format!("{:?}", SlotWord::unpack(found)))
     }
 }

@@ -34,7 +34,14 @@ impl RingPlan {
     ///
     /// # Errors
     /// As [`Self::new`].
-    pub fn with(name: String, slab: &Slab, geometry: &TransformerGeometry, form: PayloadForm, slots: usize, chunk_bytes: u64) -> Result<Self> {
+    pub fn with(
+        name: String,
+        slab: &Slab,
+        geometry: &TransformerGeometry,
+        form: PayloadForm,
+        slots: usize,
+        chunk_bytes: u64,
+    ) -> Result<Self> {
         slab.check_model(geometry)?;
         let layout = SlabLayout::new(slab, geometry, form, chunk_bytes)?;
         let spec = RingSpec { name, slots, chunk_bytes, signature: slab.signature(), form, blocks: geometry.num_blocks() };

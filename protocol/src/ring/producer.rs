@@ -6,8 +6,9 @@
 //! and says [`Producer::publish`].
 //!
 //! Invariants: a slot in FILLING with our epoch is ours alone; its descriptor is invalid until [`Producer::publish`]; a delivery word is
-//! written after its slot is READY; at most one live delivery names a slot. After a crash [`Producer::attach`] frees what a dead loader
-//! was filling and goes on at the consumer's position: a delivery stands if its slot still carries that ordinal, otherwise it is made again.
+//! written before its slot becomes READY (the other way round, a crash between the two would leave a READY slot that nobody can find);
+//! nothing is delivered that the consumer has passed. After a crash [`Producer::attach`] frees what a dead loader was filling and goes on
+//! at the consumer's position: a delivery stands if its slot still carries that ordinal, otherwise it is made again.
 
 use std::collections::{HashMap, VecDeque};
 
@@ -148,6 +149,11 @@ impl<M: Words> Producer<M> {
                 self.advance();
                 continue;
             }
+            // The consumer may have leased and released it since we read its position: the slot then looks free and undelivered, but
+            // the position was stored before the release. Published again, it would stay READY for ever.
+            if self.catch_up() {
+                continue;
+            }
             return self.serve(content, ordinal);
         }
     }
@@ -162,25 +168,30 @@ impl<M: Words> Producer<M> {
             self.known = 0;
             self.free_foreign_ready(epoch)?;
         }
-        let (at_epoch, position) = unpack_epoch(self.memory.load(consumer::POSITION));
-        if at_epoch == epoch {
-            let (sequence, chunk) = (position >> 16, position as u16);
-            if (sequence, chunk) > (self.cursor.sequence, self.cursor.chunk) {
-                self.cursor = Cursor { consumer_epoch: epoch, sequence, chunk };
-                self.known = self.known.max(sequence);
-                for queue in &mut self.future {
-                    while queue.front().is_some_and(|s| *s < sequence) {
-                        queue.pop_front();
-                    }
-                }
-            }
-        }
+        self.catch_up();
         while self.known < posted {
             let Some((block, _)) = self.request(self.known)? else { break };
             self.future[usize::from(block)].push_back(self.known);
             self.known += 1;
         }
         Ok(())
+    }
+
+    /// Moves the cursor to the consumer's position if that is ahead; whether it moved.
+    fn catch_up(&mut self) -> bool {
+        let (epoch, position) = unpack_epoch(self.memory.load(consumer::POSITION));
+        let (sequence, chunk) = (position >> 16, position as u16);
+        if epoch != self.cursor.consumer_epoch || (sequence, chunk) <= (self.cursor.sequence, self.cursor.chunk) {
+            return false;
+        }
+        self.cursor = Cursor { sequence, chunk, ..self.cursor };
+        self.known = self.known.max(sequence);
+        for queue in &mut self.future {
+            while queue.front().is_some_and(|s| *s < sequence) {
+                queue.pop_front();
+            }
+        }
+        true
     }
 
     /// READY slots of an earlier consumer become free; their content stays.
@@ -194,8 +205,10 @@ impl<M: Words> Producer<M> {
             let foreign = Descriptor::read(&self.memory, at).is_none_or(|d| unpack_epoch(d.ordinal).0 != consumer_epoch);
             if foreign {
                 let freed = SlotWord { state: State::Free, epoch: self.epoch, ..word };
-                // The new consumer cannot lease it (wrong ordinal), the old one is dead: nobody else swaps this word.
-                self.memory.swap(at + slot::STATE, raw, freed.pack()).map_err(|found| self.fenced(index, found))?;
+                // Fails if this consumer leased the slot since we read the word, and found it corrupt: then it is not ours to free.
+                if self.memory.swap(at + slot::STATE, raw, freed.pack()).is_err() {
+                    self.check_fence()?;
+                }
             }
         }
         Ok(())
@@ -289,7 +302,9 @@ impl<M: Words> Producer<M> {
 
     fn claim(&self, index: usize, raw: u64, word: SlotWord, content: ChunkId, ordinal: u64) -> Result<Job> {
         if word.generation >= GENERATION_MAX {
-            return Err(Error::invariant(format!("slot {index} has used up its generations")).advice("restart the run: the ring is made anew"));
+            return Err(
+                Error::invariant(format!("slot {index} has used up its generations")).advice("restart the run: the ring is made anew")
+            );
         }
         let generation = word.generation + 1;
         let ours = SlotWord { state: State::Filling, epoch: self.epoch, generation };
@@ -335,11 +350,12 @@ impl<M: Words> Producer<M> {
             .map_or(u64::MAX, |s| s << 16 | u64::from(content.chunk))
     }
 
-    /// Publishes a prepared slot: descriptor, READY, then the delivery word. The driver wakes the consumer afterwards.
+    /// Publishes a prepared slot: descriptor, delivery word, then READY. The driver wakes the consumer afterwards.
     ///
     /// # Errors
     /// [`Error::Absent`] if fenced.
     pub fn publish(&mut self, job: Job, bytes: u64, payload: u64) -> Result<()> {
+        self.check_fence()?;
         let at = self.shape.slot(job.slot);
         let descriptor = Descriptor {
             content: job.content,
@@ -354,12 +370,14 @@ impl<M: Words> Producer<M> {
         // The stream it was made for may be gone (new consumer): then the bytes are kept as free content.
         let stale = unpack_epoch(job.ordinal).0 != unpack_epoch(self.memory.load(consumer::POSTED)).0;
         let state = if stale { State::Free } else { State::Ready };
+        if !stale {
+            // The word cannot name another delivery that is still awaited: that would be `slots` places away, and every place from the
+            // consumer's on has a slot of its own.
+            self.memory.store(self.shape.delivery(unpack_epoch(job.ordinal).1), delivery_word(job.ordinal, job.slot));
+        }
         self.memory.swap(at + slot::STATE, ours.pack(), SlotWord { state, ..ours }.pack()).map_err(|found| self.fenced(job.slot, found))?;
         self.trusted[job.slot] = true;
         self.content.insert(job.content, job.slot);
-        if !stale {
-            self.memory.store(self.shape.delivery(unpack_epoch(job.ordinal).1), delivery_word(job.ordinal, job.slot));
-        }
         Ok(())
     }
 
@@ -368,6 +386,7 @@ impl<M: Words> Producer<M> {
     /// # Errors
     /// [`Error::Absent`] if fenced.
     pub fn abandon(&mut self, job: Job) -> Result<()> {
+        self.check_fence()?;
         let at = self.shape.slot(job.slot);
         Descriptor::invalidate(&self.memory, at);
         self.content.retain(|_, s| *s != job.slot);

@@ -22,7 +22,9 @@ use nix::libc;
 use rustix::thread::futex;
 use shared_memory::{Shmem, ShmemConf};
 
-use super::words::{ENDIAN_TAG, LAYOUT_VERSION, MAGIC, READY_TAG, REQUEST_CAPACITY, SLOTS_MAX, Shape, SlotWord, State, Words, checksum, header, slot};
+use super::words::{
+    ENDIAN_TAG, LAYOUT_VERSION, MAGIC, READY_TAG, REQUEST_CAPACITY, SLOTS_MAX, Shape, SlotWord, State, Words, checksum, header, slot,
+};
 use crate::config::PayloadForm;
 use crate::error::{Error, Result};
 
@@ -261,10 +263,7 @@ impl Segment {
         if length < (header::READY as u64 + 1) * 8 {
             return Err(Unusable::NotReady);
         }
-        let shmem = ShmemConf::new()
-            .os_id(&spec.name)
-            .open()
-            .map_err(|e| Error::absent("cannot map the ring").at(&path).cause(e))?;
+        let shmem = ShmemConf::new().os_id(&spec.name).open().map_err(|e| Error::absent("cannot map the ring").at(&path).cause(e))?;
         let wrapped = Self::wrap(shmem, file, spec)?;
         let words = wrapped.words();
         if words.load(header::READY) != READY_TAG {
@@ -278,8 +277,19 @@ impl Segment {
         if words.load(header::CHECKSUM) != checksum(&found) {
             return Err(Error::data("the ring's header is torn: its checksum does not hold").at(&path).offset(0).into());
         }
-        const FIELDS: [&str; 11] =
-            ["magic", "version", "byte order", "bytes", "slots", "chunk bytes", "slab signature", "payload form", "request queue", "boot", "blocks"];
+        const FIELDS: [&str; 11] = [
+            "magic",
+            "version",
+            "byte order",
+            "bytes",
+            "slots",
+            "chunk bytes",
+            "slab signature",
+            "payload form",
+            "request queue",
+            "boot",
+            "blocks",
+        ];
         for (i, field) in FIELDS.iter().enumerate() {
             if found[i] != expected[i] {
                 return Err(Error::data(format!("the ring in shared memory was made for something else: its {field} differs"))

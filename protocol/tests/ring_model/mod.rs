@@ -1,0 +1,650 @@
+//! A world for the ring's two state machines: memory that can end a role before or after any operation and let the other role run in
+//! the middle of it, a virtual clock, futexes that lose or delay wake-ups, payloads that rot, processes that come back.
+//!
+//! What runs is the production core ([`Producer`], [`Consumer`]); this file replaces only what is around it: the mapped words, the
+//! kernel, and the driver loops of `loader/src/service.rs` and `trainer/src/ring_source.rs`. Every choice comes from one seed or from a
+//! fixed plan, so a failure replays.
+
+use std::cell::{Cell, RefCell};
+use std::collections::VecDeque;
+use std::panic::{AssertUnwindSafe, catch_unwind, resume_unwind};
+use std::rc::{Rc, Weak};
+
+use serenity_protocol::ring::consumer::{Consumer, Leased};
+use serenity_protocol::ring::producer::{Action, Catalogue, Job, Producer};
+use serenity_protocol::ring::words::{ChunkId, Descriptor, Shape, SlotWord, State, Words, consumer, loader, slot};
+
+pub const SIGNATURE: u64 = 77;
+/// Jobs that the loader has under way at most (its workers).
+const JOBS_MAX: usize = 3;
+/// Ticks that a sleep on a futex lasts at most: the 100 ms of the segment.
+const SLEEP_MAX: u64 = 50;
+
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Role {
+    Loader,
+    Consumer,
+}
+
+impl Role {
+    fn other(self) -> Self {
+        if self == Role::Loader { Role::Consumer } else { Role::Loader }
+    }
+    fn wake_word(self) -> usize {
+        if self == Role::Loader { loader::WAKE } else { consumer::WAKE }
+    }
+}
+
+/// Mistakes that a core or a driver could have; each must be caught (see `every_seeded_bug_is_caught`).
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Bug {
+    None,
+    /// The loader's epoch is not compared: a replaced loader goes on.
+    MissingEpochCheck,
+    /// The consumer gives a slot back before it has read it.
+    EarlyFree,
+    /// The loader overwrites a slot that is not free.
+    WrongVictim,
+    /// A sleeper takes its ticket after it has looked, and sleeps without limit.
+    LostWake,
+    /// Payloads are not compared with their checksums.
+    ChecksumNotCompared,
+}
+
+/// What may happen at a memory operation, counted over both roles.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Event {
+    CrashBefore(u64),
+    CrashAfter(u64),
+    /// The other role takes a whole step before the operation.
+    Preempt(u64),
+}
+
+/// Thrown through a role's code to end it where it stands.
+struct Crash;
+
+pub struct Dice(Cell<u64>);
+
+impl Dice {
+    pub fn new(seed: u64) -> Self {
+        Self(Cell::new(seed.wrapping_add(0x1234_5678).wrapping_mul(0x9e37_79b9_7f4a_7c15) | 1))
+    }
+    pub fn roll(&self, sides: u64) -> u64 {
+        let mut x = self.0.get();
+        x ^= x >> 12;
+        x ^= x << 25;
+        x ^= x >> 27;
+        self.0.set(x);
+        (x.wrapping_mul(0x2545_f491_4f6c_dd1d) >> 33) % sides
+    }
+}
+
+/// The payload checksum that the right bytes have.
+pub fn payload_of(content: ChunkId) -> u64 {
+    content.pack().wrapping_mul(0x9e37_79b9) | 1
+}
+
+/// The shared words as one role sees them.
+pub struct Memory {
+    world: Weak<World>,
+    role: Role,
+    /// The loader's epoch as it was when this process took the role, for the seeded bug.
+    epoch: Cell<u64>,
+    bug: Bug,
+}
+
+/// Counts and chances of a world.
+#[derive(Debug, Clone, Copy)]
+pub struct Chances {
+    /// One step in so many ends in a crash at one of its operations; 0 = never.
+    pub crash: u64,
+    /// One operation in so many lets the other role run first; 0 = never.
+    pub preempt: u64,
+    /// One wake-up in so many is lost, one in so many late; 0 = never.
+    pub wake: u64,
+    /// One step in so many flips a bit of a payload in the ring; 0 = never.
+    pub rot: u64,
+    /// Steps are chosen by dice; else loader and consumer alternate and do everything in order.
+    pub random: bool,
+}
+
+/// A wait on a futex: until its time is over or a wake-up takes it away.
+struct Sleep {
+    until: u64,
+}
+
+struct Loader {
+    producer: Option<Producer<Memory>>,
+    jobs: VecDeque<Job>,
+    sleep: Option<Sleep>,
+}
+
+struct Trainer {
+    ring: Option<Consumer<Memory>>,
+    leases: VecDeque<(Leased, u64)>,
+    backlog: VecDeque<u16>,
+    wanted: VecDeque<ChunkId>,
+    sleep: Option<Sleep>,
+}
+
+impl Loader {
+    fn dead() -> Self {
+        Self { producer: None, jobs: VecDeque::new(), sleep: None }
+    }
+}
+
+impl Trainer {
+    fn dead() -> Self {
+        Self { ring: None, leases: VecDeque::new(), backlog: VecDeque::new(), wanted: VecDeque::new(), sleep: None }
+    }
+}
+
+pub struct World {
+    pub shape: Shape,
+    catalogue: Catalogue,
+    words: Vec<Cell<u64>>,
+    /// What a reader of each slot's bytes would find: their checksum; `None` = half written.
+    bytes: Vec<Cell<Option<u64>>>,
+    pub dice: Dice,
+    chances: Cell<Chances>,
+    bug: Bug,
+    loader: RefCell<Option<Loader>>,
+    trainer: RefCell<Option<Trainer>>,
+    zombie_loader: RefCell<Option<Loader>>,
+    zombie_trainer: RefCell<Option<Trainer>>,
+    /// Set while a zombie runs: it may not change a word.
+    frozen: Cell<bool>,
+    depth: Cell<u32>,
+    clock: Cell<u64>,
+    /// What each life of the trainer asks for, in order (fixed plans), or empty: dice.
+    script: Vec<u16>,
+    posting: Cell<bool>,
+    /// Operations so far; at this one the running role crashes.
+    pub ops: Cell<u64>,
+    crash_at: [Cell<Option<u64>>; 2],
+    pub events: Vec<Event>,
+    pub crashes: Cell<u64>,
+    pub delivered: Cell<u64>,
+    pub rotten_noticed: Cell<u64>,
+    rotten: Cell<u64>,
+}
+
+impl World {
+    pub fn new(shape: Shape, chunks: Vec<u16>, seed: u64, chances: Chances, bug: Bug, script: Vec<u16>, events: Vec<Event>) -> Rc<Self> {
+        let words: Vec<Cell<u64>> = (0..shape.words()).map(|_| Cell::new(0)).collect();
+        let free = SlotWord { state: State::Free, epoch: 0, generation: 0 }.pack();
+        for i in 0..shape.slots {
+            words[shape.slot(i) + slot::STATE].set(free);
+        }
+        Rc::new(Self {
+            catalogue: Catalogue { chunks, signature: SIGNATURE },
+            words,
+            bytes: (0..shape.slots).map(|_| Cell::new(None)).collect(),
+            shape,
+            dice: Dice::new(seed),
+            chances: Cell::new(chances),
+            bug,
+            loader: RefCell::new(Some(Loader::dead())),
+            trainer: RefCell::new(Some(Trainer::dead())),
+            zombie_loader: RefCell::new(None),
+            zombie_trainer: RefCell::new(None),
+            frozen: Cell::new(false),
+            depth: Cell::new(0),
+            clock: Cell::new(0),
+            script,
+            posting: Cell::new(true),
+            ops: Cell::new(0),
+            crash_at: [Cell::new(None), Cell::new(None)],
+            events,
+            crashes: Cell::new(0),
+            delivered: Cell::new(0),
+            rotten_noticed: Cell::new(0),
+            rotten: Cell::new(0),
+        })
+    }
+
+    fn memory(self: &Rc<Self>, role: Role) -> Memory {
+        let epoch = Cell::new(self.words[loader::EPOCH].get());
+        Memory { world: Rc::downgrade(self), role, epoch, bug: self.bug }
+    }
+
+    fn one_in(&self, sides: u64) -> bool {
+        sides > 0 && self.dice.roll(sides) == 0
+    }
+
+    /// One step of `role`: what its process would do between two looks at the shared words.
+    pub fn step(self: &Rc<Self>, role: Role) {
+        self.clock.set(self.clock.get() + 1);
+        let chances = self.chances.get();
+        let doomed = self.one_in(chances.crash);
+        if doomed {
+            self.crash_at[role as usize].set(Some(self.ops.get() + 1 + self.dice.roll(40)));
+        }
+        match role {
+            Role::Loader => {
+                let Some(mut state) = self.loader.take() else { return };
+                let alive = survives(|| self.loader_step(&mut state));
+                let state = self.bury_loader(state, alive && !self.struck(role, doomed));
+                *self.loader.borrow_mut() = Some(state);
+            }
+            Role::Consumer => {
+                let Some(mut state) = self.trainer.take() else { return };
+                let alive = survives(|| self.trainer_step(&mut state));
+                let state = self.bury_trainer(state, alive && !self.struck(role, doomed));
+                *self.trainer.borrow_mut() = Some(state);
+            }
+        }
+    }
+
+    /// A doomed step that was too short for its crash ends in one all the same.
+    fn struck(&self, role: Role, doomed: bool) -> bool {
+        doomed && self.crash_at[role as usize].take().is_some()
+    }
+
+    /// A dead loader's state, or now and then a zombie: a process that was given up though it lives.
+    fn bury_loader(&self, state: Loader, alive: bool) -> Loader {
+        if alive {
+            return state;
+        }
+        self.crashes.set(self.crashes.get() + 1);
+        if self.chances.get().random && self.dice.roll(4) == 0 {
+            *self.zombie_loader.borrow_mut() = Some(state);
+        }
+        Loader::dead()
+    }
+
+    fn bury_trainer(&self, state: Trainer, alive: bool) -> Trainer {
+        if alive {
+            return state;
+        }
+        self.crashes.set(self.crashes.get() + 1);
+        if self.chances.get().random && self.dice.roll(4) == 0 {
+            *self.zombie_trainer.borrow_mut() = Some(state);
+        }
+        Trainer::dead()
+    }
+
+    fn loader_step(self: &Rc<Self>, state: &mut Loader) {
+        let Some(producer) = &mut state.producer else {
+            let mut producer = Producer::attach(self.memory(Role::Loader), self.shape, self.catalogue.clone()).unwrap();
+            for (index, _, payload) in producer.ready_slots().unwrap() {
+                if self.bytes[index].get() != Some(payload) && self.bug != Bug::ChecksumNotCompared {
+                    self.rotten_noticed.set(self.rotten_noticed.get() + 1);
+                    producer.drop_ready(index).unwrap();
+                }
+            }
+            state.producer = Some(producer);
+            return;
+        };
+        let finish = if self.chances.get().random { self.dice.roll(2) == 0 } else { state.sleep.is_some() };
+        if !state.jobs.is_empty() && (finish || state.jobs.len() > JOBS_MAX) {
+            let pick = if self.chances.get().random { self.dice.roll(state.jobs.len() as u64) as usize } else { 0 };
+            let job = state.jobs.remove(pick).unwrap();
+            self.bytes[job.slot].set(Some(payload_of(job.content)));
+            producer.publish(job, 8, payload_of(job.content)).unwrap();
+            self.wake(Role::Consumer);
+            self.wake(Role::Loader);
+            state.sleep = None;
+            return;
+        }
+        if self.still_asleep(&mut state.sleep) || state.jobs.len() > JOBS_MAX {
+            return;
+        }
+        let ticket = self.words[loader::WAKE].get();
+        match producer.next_action().unwrap() {
+            Action::Wait => state.sleep = self.sleep(Role::Loader, ticket),
+            Action::Republished(_) => self.wake(Role::Consumer),
+            Action::Fill(job) => {
+                // The first byte of a fill: whoever still reads the slot notices.
+                self.bytes[job.slot].set(None);
+                state.jobs.push_back(job);
+            }
+            Action::Verify(job, checksum) => {
+                if self.bytes[job.slot].get() == Some(checksum) || self.bug == Bug::ChecksumNotCompared {
+                    producer.publish(job, 8, checksum).unwrap();
+                    self.wake(Role::Consumer);
+                } else {
+                    self.rotten_noticed.set(self.rotten_noticed.get() + 1);
+                    producer.abandon(job).unwrap();
+                }
+            }
+        }
+    }
+
+    fn trainer_step(self: &Rc<Self>, state: &mut Trainer) {
+        let Some(ring) = &mut state.ring else {
+            state.ring = Some(Consumer::attach(self.memory(Role::Consumer), self.shape, self.catalogue.clone()).unwrap());
+            state.backlog.extend(&self.script);
+            self.wake(Role::Loader);
+            return;
+        };
+        let random = self.chances.get().random;
+        if random && self.posting.get() && state.backlog.len() + state.wanted.len() < 60 && self.dice.roll(4) == 0 {
+            for _ in 0..1 + self.dice.roll(6) {
+                state.backlog.push_back(self.dice.roll(self.catalogue.chunks.len() as u64) as u16);
+            }
+        }
+        if !state.backlog.is_empty() && (!random || self.dice.roll(3) == 0) {
+            let posted = ring.post(state.backlog.make_contiguous()).unwrap();
+            for block in state.backlog.drain(..posted) {
+                state.wanted.extend((0..self.catalogue.chunks[usize::from(block)]).map(|chunk| ChunkId { block, chunk }));
+            }
+            if posted > 0 {
+                self.wake(Role::Loader);
+                return;
+            }
+        }
+        if !state.leases.is_empty() && (!random || self.dice.roll(3) == 0) {
+            self.give_back(ring, &mut state.leases);
+            return;
+        }
+        if state.wanted.is_empty() || state.leases.len() + 1 >= self.shape.slots.max(2) || self.still_asleep(&mut state.sleep) {
+            return;
+        }
+        let ticket = self.words[consumer::WAKE].get();
+        match ring.try_lease().unwrap() {
+            None => state.sleep = self.sleep(Role::Consumer, ticket),
+            Some(lease) => {
+                assert_eq!(Some(lease.content), state.wanted.pop_front(), "a chunk out of order");
+                let seen = self.bytes[lease.slot].get();
+                if seen != Some(lease.payload) && self.bug != Bug::ChecksumNotCompared {
+                    assert!(self.rotten.get() > 0, "leased bytes that are not what was published");
+                    ring.release_corrupt(&lease).unwrap();
+                    self.rotten_noticed.set(self.rotten_noticed.get() + 1);
+                    // Exit 70: the next one starts from its checkpoint.
+                    resume_unwind(Box::new(Crash));
+                }
+                assert_eq!(seen, Some(payload_of(lease.content)), "bytes were used that are not the chunk's");
+                self.delivered.set(self.delivered.get() + 1);
+                state.leases.push_back((lease, payload_of(lease.content)));
+            }
+        }
+    }
+
+    fn give_back(self: &Rc<Self>, ring: &mut Consumer<Memory>, leases: &mut VecDeque<(Leased, u64)>) {
+        let Some((lease, used)) = leases.pop_front() else { return };
+        assert_eq!(self.bytes[lease.slot].get(), Some(used), "bytes changed while they were leased");
+        ring.release(&lease).unwrap();
+        self.wake(Role::Loader);
+    }
+
+    /// What `Segment::wake` does: counts, then wakes. The kernel may be late, and here it may forget.
+    fn wake(self: &Rc<Self>, whom: Role) {
+        let word = &self.words[whom.wake_word()];
+        word.set(word.get() + 1);
+        let chance = self.chances.get().wake;
+        let (lost, late) = (self.one_in(chance), self.one_in(chance));
+        let rouse = |sleep: &mut Option<Sleep>| {
+            if lost {
+            } else if let (true, Some(sleep)) = (late, sleep.as_mut()) {
+                sleep.until = sleep.until.min(self.clock.get() + 5);
+            } else {
+                *sleep = None;
+            }
+        };
+        match whom {
+            Role::Loader => self.loader.borrow_mut().as_mut().map(|l| rouse(&mut l.sleep)),
+            Role::Consumer => self.trainer.borrow_mut().as_mut().map(|t| rouse(&mut t.sleep)),
+        };
+    }
+
+    /// What `Segment::wait` does: sleeps unless the count has moved since the ticket was taken.
+    fn sleep(&self, who: Role, ticket: u64) -> Option<Sleep> {
+        let now = self.words[who.wake_word()].get();
+        if self.bug == Bug::LostWake {
+            return Some(Sleep { until: u64::MAX });
+        }
+        (now == ticket).then(|| Sleep { until: self.clock.get() + SLEEP_MAX })
+    }
+
+    /// A sleeper goes on when its time is over; a wake-up takes its `Sleep` away.
+    fn still_asleep(&self, sleep: &mut Option<Sleep>) -> bool {
+        match sleep {
+            Some(s) if self.clock.get() < s.until => true,
+            _ => {
+                *sleep = None;
+                false
+            }
+        }
+    }
+
+    /// Flips a bit of one slot's payload that nobody holds.
+    pub fn rot(&self) {
+        let index = self.dice.roll(self.shape.slots as u64) as usize;
+        let word = SlotWord::unpack(self.words[self.shape.slot(index) + slot::STATE].get()).unwrap();
+        if matches!(word.state, State::Free | State::Ready) && self.bytes[index].get().is_some() {
+            self.rotten.set(self.rotten.get() + 1);
+            self.bytes[index].set(self.bytes[index].get().map(|b| b ^ 2));
+        }
+    }
+
+    /// A replaced process acts once more: it must find out and change nothing.
+    pub fn zombies_act(self: &Rc<Self>) {
+        let replaced = |taken: bool| taken && self.depth.get() == 0;
+        if replaced(self.loader.borrow().as_ref().is_some_and(|l| l.producer.is_some()))
+            && let Some(mut zombie) = self.zombie_loader.take()
+            && let Some(producer) = &mut zombie.producer
+        {
+            self.frozen.set(true);
+            let outcome = match zombie.jobs.pop_front() {
+                Some(job) => producer.publish(job, 8, payload_of(job.content)).err(),
+                None => producer.next_action().err(),
+            };
+            self.frozen.set(false);
+            assert_eq!(outcome.map(|e| e.exit_code()), Some(69), "a replaced loader went on");
+        }
+        if replaced(self.trainer.borrow().as_ref().is_some_and(|t| t.ring.is_some()))
+            && let Some(mut zombie) = self.zombie_trainer.take()
+            && let Some(ring) = &mut zombie.ring
+        {
+            self.frozen.set(true);
+            let outcome = match (zombie.leases.pop_front(), self.dice.roll(2)) {
+                (Some((lease, _)), 0) => ring.release(&lease).err(),
+                (Some((lease, _)), _) => ring.release_corrupt(&lease).err(),
+                (None, 0) if !zombie.wanted.is_empty() => ring.try_lease().err(),
+                _ => ring.post(&[0]).err(),
+            };
+            self.frozen.set(false);
+            assert_eq!(outcome.map(|e| e.exit_code()), Some(69), "a replaced consumer went on");
+        }
+    }
+
+    /// The invariants that can be seen from outside at any time.
+    pub fn check(&self) {
+        let mut count = [0; 5];
+        for i in 0..self.shape.slots {
+            let word = SlotWord::unpack(self.words[self.shape.slot(i) + slot::STATE].get()).expect("a known state");
+            count[word.state as usize] += 1;
+            if matches!(word.state, State::Ready | State::Leased) {
+                self.check_published(i, word);
+            }
+        }
+        assert_eq!(count[1..].iter().sum::<usize>(), self.shape.slots, "free + filling + ready + leased");
+    }
+
+    fn check_published(&self, index: usize, word: SlotWord) {
+        let Some(descriptor) = Descriptor::read(&RawWords(&self.words), self.shape.slot(index)) else {
+            // The consumer invalidates the descriptor of a corrupt chunk before it lets go.
+            assert!(word.state == State::Leased && self.rotten.get() > 0, "slot {index}: READY without a valid descriptor");
+            return;
+        };
+        assert_eq!(descriptor.generation, word.generation, "slot {index}: READY descriptor of another generation");
+        assert_eq!(descriptor.payload, payload_of(descriptor.content));
+        if self.rotten.get() == 0 {
+            assert_eq!(self.bytes[index].get(), Some(descriptor.payload), "slot {index}: READY bytes are not what the descriptor says");
+        }
+    }
+
+    /// Every change of a slot's state, at the operation that makes it.
+    fn check_transition(&self, role: Role, index: usize, old: u64, new: u64) {
+        let at = |i: usize| self.shape.slot(i) + slot::STATE;
+        let Some(which) = (0..self.shape.slots).find(|i| at(*i) == index) else { return };
+        let (old, new) = (SlotWord::unpack(old).expect("known"), SlotWord::unpack(new).expect("known"));
+        assert!(new.generation >= old.generation, "slot {which}: a generation decreased");
+        let legal = match (role, old.state, new.state) {
+            (Role::Loader, State::Free, State::Filling) => new.generation > old.generation,
+            (Role::Loader, State::Filling, State::Ready | State::Free) | (Role::Loader, State::Ready, State::Free) => true,
+            (Role::Consumer, State::Ready, State::Leased) | (Role::Consumer, State::Leased, State::Free) => true,
+            _ => false,
+        };
+        assert!(legal, "slot {which}: {role:?} went from {old:?} to {new:?}");
+        if new.state == State::Ready {
+            self.check_published(which, new);
+        }
+    }
+
+    /// Ends all crashes and lets both roles run until everything asked for has arrived, then looks for slots that are stuck.
+    pub fn come_to_rest(self: &Rc<Self>, rounds_max: u64) {
+        let before = self.chances.get();
+        self.chances.set(Chances { crash: 0, rot: 0, ..before });
+        self.posting.set(false);
+        let done = || {
+            self.trainer
+                .borrow()
+                .as_ref()
+                .is_some_and(|t| t.ring.is_some() && t.backlog.is_empty() && t.wanted.is_empty() && t.leases.is_empty())
+        };
+        let mut round = 0;
+        while !done() {
+            assert!(round < rounds_max, "stuck: {} chunks wanted", self.trainer.borrow().as_ref().map_or(0, |t| t.wanted.len()));
+            round += 1;
+            self.step(Role::Loader);
+            self.step(Role::Consumer);
+            self.check();
+        }
+        for _ in 0..SLEEP_MAX * 4 {
+            self.step(Role::Loader);
+        }
+        self.check();
+        for i in 0..self.shape.slots {
+            let word = SlotWord::unpack(self.words[self.shape.slot(i) + slot::STATE].get()).expect("known");
+            assert_eq!(word.state, State::Free, "slot {i} is stuck though nothing is asked for");
+        }
+    }
+
+    /// Breaks the circle of references.
+    pub fn end(&self) {
+        self.loader.take();
+        self.trainer.take();
+        self.zombie_loader.take();
+        self.zombie_trainer.take();
+    }
+
+    /// What may happen before an operation of `role`; returns the operation's number.
+    fn before(self: &Rc<Self>, role: Role) -> u64 {
+        let op = self.ops.get() + 1;
+        self.ops.set(op);
+        if self.frozen.get() {
+            return op;
+        }
+        if self.depth.get() == 0 && (self.one_in(self.chances.get().preempt) || self.events.contains(&Event::Preempt(op))) {
+            self.depth.set(1);
+            self.step(role.other());
+            self.depth.set(0);
+        }
+        self.strike(role, op, Event::CrashBefore(op));
+        op
+    }
+
+    fn strike(&self, role: Role, op: u64, planned: Event) {
+        let even = matches!(planned, Event::CrashAfter(_));
+        let drawn = self.crash_at[role as usize].get().is_some_and(|at| op >= at && even == (at % 2 == 0));
+        if !self.frozen.get() && (drawn || self.events.contains(&planned)) {
+            self.crash_at[role as usize].set(None);
+            resume_unwind(Box::new(Crash));
+        }
+    }
+}
+
+/// Runs `step`; false if the role crashed in it. Failed assertions pass through.
+fn survives(step: impl FnOnce()) -> bool {
+    match catch_unwind(AssertUnwindSafe(step)) {
+        Ok(()) => true,
+        Err(reason) if reason.is::<Crash>() => false,
+        Err(reason) => resume_unwind(reason),
+    }
+}
+
+struct RawWords<'a>(&'a [Cell<u64>]);
+
+impl Words for RawWords<'_> {
+    fn load(&self, index: usize) -> u64 {
+        self.0[index].get()
+    }
+    fn store(&self, _: usize, _: u64) {
+        unreachable!("only looked at")
+    }
+    fn swap(&self, _: usize, _: u64, _: u64) -> Result<(), u64> {
+        unreachable!("only looked at")
+    }
+}
+
+impl Memory {
+    fn is_state(&self, world: &World, index: usize) -> bool {
+        let first = world.shape.slot(0);
+        index >= first && (index - first) % (world.shape.slot(1) - first) == slot::STATE
+    }
+
+    fn operate<T>(&self, act: impl FnOnce(&Rc<World>) -> T) -> T {
+        let world = self.world.upgrade().expect("the world outlives its memory");
+        let op = world.before(self.role);
+        let result = act(&world);
+        world.strike(self.role, op, Event::CrashAfter(op));
+        result
+    }
+}
+
+impl Words for Memory {
+    fn load(&self, index: usize) -> u64 {
+        self.operate(|world| {
+            let value = world.words[index].get();
+            match (self.bug, self.role) {
+                (Bug::MissingEpochCheck, Role::Loader) if index == loader::EPOCH => self.epoch.get(),
+                (Bug::WrongVictim, Role::Loader) if self.is_state(world, index) => match SlotWord::unpack(value) {
+                    Some(word) if word.state == State::Ready => SlotWord { state: State::Free, ..word }.pack(),
+                    _ => value,
+                },
+                _ => value,
+            }
+        })
+    }
+
+    fn store(&self, index: usize, value: u64) {
+        self.operate(|world| {
+            assert!(!world.frozen.get(), "a replaced {:?} wrote word {index}", self.role);
+            assert!(!self.is_state(world, index), "slot states change by swaps alone");
+            if index == loader::EPOCH {
+                self.epoch.set(value);
+            }
+            world.words[index].set(value);
+        });
+    }
+
+    fn swap(&self, index: usize, old: u64, new: u64) -> Result<(), u64> {
+        self.operate(|world| {
+            let mut found = world.words[index].get();
+            let early = self.bug == Bug::EarlyFree && self.role == Role::Consumer;
+            if early && SlotWord::unpack(old).is_some_and(|w| w.state == State::Leased) {
+                return Ok(());
+            }
+            if self.bug == Bug::WrongVictim
+                && self.role == Role::Loader
+                && let Some(word) = SlotWord::unpack(found)
+                && word.state == State::Ready
+                && SlotWord::unpack(new).is_some_and(|w| w.state == State::Filling)
+            {
+                found = SlotWord { state: State::Free, ..word }.pack();
+            }
+            if found != old {
+                return Err(found);
+            }
+            assert!(!world.frozen.get(), "a replaced {:?} swapped word {index}", self.role);
+            if !matches!(self.bug, Bug::WrongVictim | Bug::EarlyFree) {
+                world.check_transition(self.role, index, old, new);
+            }
+            let leased = SlotWord::unpack(new).filter(|w| early && w.state == State::Leased);
+            world.words[index].set(leased.map_or(new, |w| SlotWord { state: State::Free, ..w }.pack()));
+            Ok(())
+        })
+    }
+}
