@@ -1,16 +1,18 @@
 //! Files that outlive a process appear whole or not at all: temporary file in the same folder, fsync, rename, fsync of the folder.
 //!
-//! A crash at any point leaves either the old file or the new one, plus at most one file ending in [`TEMP_SUFFIX`] which the next
-//! writer of the same file overwrites. Readers never look at such files.
+//! A crash at any point leaves either the old file or the new one, plus at most one file ending in [`TEMP_SUFFIX`] for each
+//! crash. Its name holds machine and process, so that writers of one file on shared storage never write into each other's. Readers never look
+//! at such files.
 
 use std::ffi::OsString;
 use std::fs::File;
 use std::io::Write;
 use std::path::{Path, PathBuf};
+use std::sync::OnceLock;
 
 use crate::error::{Error, Result};
 
-/// Ending of files under construction.
+/// Ending of files that are not complete yet.
 pub const TEMP_SUFFIX: &str = ".partial";
 
 /// Writes `bytes` to `path` so that a crash at any moment leaves the old content or the new one.
@@ -44,12 +46,28 @@ pub fn write_with(path: &Path, fill: impl FnOnce(&mut File) -> std::io::Result<(
     })
 }
 
-/// Where [`write`] builds `path`: the process id keeps two writers of one file apart.
+/// Where [`write`] builds `path`: machine and process id keep two writers of one file apart.
 #[must_use]
 pub fn temp_path(path: &Path) -> PathBuf {
     let mut name = OsString::from(path.as_os_str());
-    name.push(format!(".{}{TEMP_SUFFIX}", std::process::id()));
+    name.push(format!(".{}-{}{TEMP_SUFFIX}", host_id(), std::process::id()));
     PathBuf::from(name)
+}
+
+/// Sixteen hex digits that name this machine in this boot and, within it, the name space of process ids (a container): where two
+/// processes have the same one, a process id means the same to both.
+#[must_use]
+pub fn host_id() -> String {
+    static ID: OnceLock<String> = OnceLock::new();
+    let make = || {
+        let mut hasher = blake3::Hasher::new();
+        for file in ["/proc/sys/kernel/hostname", "/etc/machine-id", "/proc/sys/kernel/random/boot_id"] {
+            hasher.update(&std::fs::read(file).unwrap_or_default()).update(b"\0");
+        }
+        hasher.update(std::fs::read_link("/proc/self/ns/pid").unwrap_or_default().as_os_str().as_encoded_bytes());
+        hasher.finalize().to_hex().as_str().chars().take(16).collect()
+    };
+    ID.get_or_init(make).clone()
 }
 
 /// Renames an already synced `temp` to `path` and syncs the folder.

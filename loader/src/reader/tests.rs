@@ -1,3 +1,4 @@
+//! Ranges, page hashes, short files: both engines against the bytes that were written.
 #![allow(clippy::unwrap_used, clippy::expect_used)]
 
 use super::*;
