@@ -173,7 +173,7 @@ mod tests {
             let mut end = 0;
             for bytes in sizes {
                 let Ok(start) = stack.reserve(bytes) else {
-                    prop_assert!(end + bytes.next_multiple_of(ALIGNMENT) > 100_000);
+                    prop_assert!(stack.used.get() + bytes.next_multiple_of(ALIGNMENT) > 100_000);
                     continue;
                 };
                 prop_assert!(start >= end && start % ALIGNMENT == 0);

@@ -47,6 +47,11 @@ impl Library {
         }
     }
 
+    /// How files begin that the library itself looks for by name, and that must therefore be loaded before it.
+    fn companions(self) -> Option<&'static str> {
+        (self == Library::Nvrtc).then_some("libnvrtc-builtins.so")
+    }
+
     /// Whether cudarc would find it now.
     fn linked(self) -> bool {
         // SAFETY: the probes load and unload a shared library of NVIDIA's by name; their initialisers have no precondition. Nothing else
@@ -74,7 +79,14 @@ pub fn require(library: Library) -> Result<()> {
     for folder in &folders {
         for name in library.file_names() {
             let path = folder.join(name);
-            if path.is_file() && preload(&path) && library.linked() {
+            if !path.is_file() {
+                continue;
+            }
+            if let Some(prefix) = library.companions() {
+                let companion = |p: &PathBuf| p.file_name().is_some_and(|n| n.to_string_lossy().starts_with(prefix));
+                children(folder).iter().filter(|p| companion(p)).for_each(|p| _ = preload(p));
+            }
+            if preload(&path) && library.linked() {
                 tracing::debug!(path = %path.display(), "library loaded by its path");
                 return Ok(());
             }
@@ -112,6 +124,10 @@ pub fn folders() -> Vec<PathBuf> {
     }
     for packages in python_packages() {
         found.extend(children(&packages.join("nvidia")).into_iter().map(|p| p.join("lib")));
+    }
+    // Tests also look where scripts/cuda-toolkit.sh puts a toolkit.
+    if cfg!(test) {
+        found.push(PathBuf::from(concat!(env!("CARGO_MANIFEST_DIR"), "/../target/cuda-toolkit/nvidia/cu13/lib")));
     }
     found.retain(|f| f.is_dir());
     found
