@@ -94,9 +94,8 @@ impl TransformerGeometry {
     /// [`Error::Absent`] if the file cannot be read, [`Error::Data`] if it is no FLUX.2 transformer configuration.
     pub fn from_config_file(path: &Path) -> Result<Self> {
         let text = std::fs::read_to_string(path).map_err(|e| Error::io("cannot read the transformer's configuration", path, e))?;
-        let geometry: Self = serde_json::from_str(&text).map_err(|e| {
-            Error::data("the transformer's configuration is not that of a FLUX.2 transformer").at(path).cause(e)
-        })?;
+        let geometry: Self = serde_json::from_str(&text)
+            .map_err(|e| Error::data("the transformer's configuration is not that of a FLUX.2 transformer").at(path).cause(e))?;
         geometry.check().map_err(|e| e.at(path))?;
         Ok(geometry)
     }
@@ -108,18 +107,23 @@ impl TransformerGeometry {
     pub fn check(&self) -> Result<()> {
         let bad = |what: String| Err(Error::data(what));
         if self.axes_dims_rope.len() != 4
-            || self.axes_dims_rope.iter().sum::<usize>() != self.attention_head_dim
+            || self.axes_dims_rope.iter().try_fold(0usize, |sum, &d| sum.checked_add(d)) != Some(self.attention_head_dim)
             || self.axes_dims_rope.iter().any(|d| d % 2 != 0)
         {
-            return bad(format!("axes_dims_rope {:?} must be four even numbers that add up to attention_head_dim {}", self.axes_dims_rope, self.attention_head_dim));
+            return bad(format!(
+                "axes_dims_rope {:?} must be four even numbers that add up to attention_head_dim {}",
+                self.axes_dims_rope, self.attention_head_dim
+            ));
         }
-        if self.num_blocks() == 0 || self.num_blocks() > usize::from(u16::MAX) {
+        let blocks = self.num_layers.checked_add(self.num_single_layers);
+        if blocks.is_none_or(|n| n == 0 || n > usize::from(u16::MAX)) {
             return bad(format!("num_layers {} + num_single_layers {} must be 1 to 65535", self.num_layers, self.num_single_layers));
         }
         for (name, value, max) in [
             ("in_channels", self.in_channels, 1 << 16),
             ("num_attention_heads", self.num_attention_heads, 1 << 12),
             ("attention_head_dim", self.attention_head_dim, 1 << 12),
+            ("out_channels", self.out_channels(), 1 << 16),
             ("joint_attention_dim", self.joint_attention_dim, 1 << 20),
             ("timestep_guidance_channels", self.timestep_guidance_channels, 1 << 16),
         ] {

@@ -14,6 +14,7 @@ use safetensors::Dtype;
 use crate::checkpoint::Checkpoint;
 use crate::config::ModelConfig;
 use crate::error::{Error, Result};
+use crate::fp8::{self, Scale};
 use crate::geometry::TransformerGeometry;
 use crate::names::{self, Rows, WRAPPER_PREFIXES};
 
@@ -151,7 +152,7 @@ fn hub_cache() -> Option<PathBuf> {
 }
 
 /// Where a tensor's rows lie in the files.
-#[derive(Debug, Clone, PartialEq, Eq)]
+#[derive(Debug, Clone, PartialEq)]
 pub struct SourcePlace {
     /// The file.
     pub file: PathBuf,
@@ -159,6 +160,33 @@ pub struct SourcePlace {
     pub dtype: Dtype,
     /// Absolute byte ranges whose concatenation is the tensor, row-major (two for exchanged halves, otherwise one).
     pub runs: Vec<Range<u64>>,
+    /// Factors of an 8-bit weight, for its rows in the diffusers order.
+    pub scale: Option<Scale>,
+}
+
+impl SourcePlace {
+    /// Appends `bytes` as float32: the tensor's elements from `first` on, in rows of `columns`. Exact but for 8-bit floats with scales,
+    /// whose values are float32 products.
+    ///
+    /// # Errors
+    /// [`Error::Data`] for types other than F32, BF16, F16, F8_E4M3 and F8_E5M2.
+    pub fn append_f32(&self, first: usize, columns: usize, bytes: &[u8], values: &mut Vec<f32>) -> Result<()> {
+        let start = values.len();
+        append_f32(bytes, self.dtype, values)?;
+        if let Some(scale) = &self.scale {
+            let columns = columns.max(1);
+            let mut at = first;
+            let mut rest = values.get_mut(start..).unwrap_or_default();
+            while !rest.is_empty() {
+                let (row, after) = rest.split_at_mut((columns - at % columns).min(rest.len()));
+                let factor = scale.of_row(at / columns);
+                row.iter_mut().for_each(|v| *v *= factor);
+                at += row.len();
+                rest = after;
+            }
+        }
+        Ok(())
+    }
 }
 
 /// A transformer's tensors by their diffusers names.
@@ -167,6 +195,8 @@ pub struct TransformerSource {
     geometry: TransformerGeometry,
     /// Diffusers name to the file's name and the rows.
     table: HashMap<String, (String, Rows)>,
+    /// Whether 8-bit weights have scales.
+    scaled: bool,
 }
 
 impl TransformerSource {
@@ -195,7 +225,8 @@ impl TransformerSource {
             None => infer_geometry(&shapes).map_err(|e| e.at(transformer))?,
         };
         check_complete(&geometry, &shapes).map_err(|e| e.at(transformer))?;
-        Ok(Self { checkpoint, geometry, table })
+        let scaled = fp8::has_scales(&checkpoint);
+        Ok(Self { checkpoint, geometry, table, scaled })
     }
 
     /// The transformer's geometry.
@@ -258,10 +289,30 @@ impl TransformerSource {
                 vec![middle..end, start..middle]
             }
         };
-        Ok(SourcePlace { file: place.file, dtype: place.dtype, runs })
+        let scale = if fp8::is_fp8(place.dtype) { self.scale_of(stored, &place.shape, *rows)? } else { None };
+        Ok(SourcePlace { file: place.file, dtype: place.dtype, runs, scale })
     }
 
-    /// The tensor of that diffusers name as float32 (exact for F32, BF16 and F16), checked to have `shape`.
+    /// The factors of the 8-bit tensor `stored`, for `rows` of it.
+    fn scale_of(&self, stored: &str, shape: &[usize], rows: Rows) -> Result<Option<Scale>> {
+        // A vector is one row.
+        let stored_rows = if shape.len() > 1 { shape.first().copied().unwrap_or(1) } else { 1 };
+        let Some(scale) = fp8::scale_of(&self.checkpoint, stored, stored_rows, self.scaled)? else { return Ok(None) };
+        Ok(Some(match (scale, rows) {
+            (Scale::Rows(all), Rows::Third(n)) => {
+                let third = all.len() / 3;
+                Scale::Rows(all.into_iter().skip(third * usize::from(n)).take(third).collect())
+            }
+            (Scale::Rows(mut all), Rows::SwappedHalves) => {
+                let half = all.len() / 2;
+                all.rotate_left(half);
+                Scale::Rows(all)
+            }
+            (scale, _) => scale,
+        }))
+    }
+
+    /// The tensor of that diffusers name as float32 ([`SourcePlace::append_f32`]), checked to have `shape`.
     ///
     /// # Errors
     /// [`Error::Data`] if it is missing, of another shape or of another type.
@@ -276,7 +327,8 @@ impl TransformerSource {
                 .bytes()
                 .get((run.start - origin) as usize..(run.end - origin) as usize)
                 .ok_or_else(|| Error::invariant("a tensor's rows lie outside it").at(&place.file))?;
-            append_f32(bytes, place.dtype, &mut values)
+            place
+                .append_f32(values.len(), shape.last().copied().unwrap_or(1), bytes, &mut values)
                 .map_err(|e| e.at(&place.file).offset(run.start).found(format!("'{name}' of type {:?}", place.dtype)))?;
         }
         Ok(values)
@@ -286,13 +338,14 @@ impl TransformerSource {
 /// Appends little-endian `bytes` of `dtype` as float32 (exact).
 ///
 /// # Errors
-/// [`Error::Data`] for types other than F32, BF16 and F16.
-pub fn append_f32(bytes: &[u8], dtype: Dtype, values: &mut Vec<f32>) -> Result<()> {
+/// [`Error::Data`] for types other than F32, BF16, F16, F8_E4M3 and F8_E5M2.
+fn append_f32(bytes: &[u8], dtype: Dtype, values: &mut Vec<f32>) -> Result<()> {
     match dtype {
         Dtype::F32 => values.extend(bytes.as_chunks::<4>().0.iter().map(|c| f32::from_le_bytes(*c))),
         Dtype::BF16 => values.extend(bytes.as_chunks::<2>().0.iter().map(|c| half::bf16::from_le_bytes(*c).to_f32())),
         Dtype::F16 => values.extend(bytes.as_chunks::<2>().0.iter().map(|c| half::f16::from_le_bytes(*c).to_f32())),
-        _ => return Err(Error::data("a tensor has an unsupported type").expected("F32, BF16 or F16")),
+        _ if fp8::is_fp8(dtype) => fp8::append(bytes, dtype, values),
+        _ => return Err(Error::data("a tensor has an unsupported type").expected("F32, BF16, F16, F8_E4M3 or F8_E5M2")),
     }
     Ok(())
 }

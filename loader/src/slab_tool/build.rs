@@ -14,7 +14,7 @@ use rayon::prelude::*;
 use safetensors::Dtype;
 use serde::{Deserialize, Serialize};
 use serenity_protocol::geometry::TransformerGeometry;
-use serenity_protocol::model_path::{TransformerSource, append_f32, resolve_path};
+use serenity_protocol::model_path::{TransformerSource, resolve_path};
 use serenity_protocol::process::Process;
 use serenity_protocol::slab::manifest::{self, ADDITIONS_VERSION, Additions, Companion, Hash, Manifest};
 use serenity_protocol::slab::quant;
@@ -424,8 +424,8 @@ fn quantise_batch(job: &Job, index: usize, batch: &Batch, scales: &mut Vec<f32>)
         codes.par_chunks_exact_mut(padded).zip(scales.get_mut(first..).unwrap_or_default()).zip(batch.bytes.par_chunks_exact(row_bytes));
     let bad = rows.enumerate().with_min_len(16).map_init(Vec::new, |row: &mut Vec<f32>, (i, ((codes, scale), bytes))| {
         row.clear();
-        // Only the three types of element_bytes come here, and those cannot fail.
-        let converted = append_f32(bytes, place.dtype, row).is_ok();
+        // Only the types of element_bytes come here, and those cannot fail.
+        let converted = place.append_f32((batch.row + i) * linear.in_features, linear.in_features, bytes, row).is_ok();
         if !converted || !quant::all_finite(row) {
             return Some((i, row.iter().position(|v| !v.is_finite()).unwrap_or(0)));
         }
@@ -473,6 +473,8 @@ pub(super) fn assemble(
         layers,
         serenity: Some(Additions {
             format: ADDITIONS_VERSION,
+            // Set when the text is made.
+            manifest_xxh3: Hash(0),
             geometry: geometry_out,
             file_bytes: plan.file.file_bytes,
             header_xxh3: Hash(xxhash_rust::xxh3::xxh3_64(&plan.file.header)),

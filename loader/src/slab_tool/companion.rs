@@ -7,7 +7,7 @@ use std::path::Path;
 
 use rayon::prelude::*;
 use serenity_protocol::geometry::TransformerGeometry;
-use serenity_protocol::model_path::{TransformerSource, append_f32};
+use serenity_protocol::model_path::TransformerSource;
 use serenity_protocol::slab::manifest::Companion;
 use serenity_protocol::slab::quant;
 use serenity_protocol::{Error, Result};
@@ -79,7 +79,7 @@ pub fn write(plan: &CompanionPlan, source: &TransformerSource, files: &SlabFiles
         reader.batches(&place, rows, columns, |batch| {
             let tasks = batch.bytes.par_chunks(CONVERT_VALUES * width).enumerate().map(|(task, bytes)| {
                 let mut values = Vec::with_capacity(bytes.len() / width);
-                append_f32(bytes, place.dtype, &mut values)?;
+                place.append_f32(batch.row * columns + task * CONVERT_VALUES, columns, bytes, &mut values)?;
                 if !quant::all_finite(&values) {
                     let at = values.iter().position(|v| !v.is_finite()).unwrap_or(0) + task * CONVERT_VALUES;
                     return Err(not_finite(&tensor.name, batch.row + at / columns.max(1), at % columns.max(1), &place.file));

@@ -2,7 +2,7 @@
 
 use rayon::prelude::*;
 use serde::Serialize;
-use serenity_protocol::model_path::{TransformerSource, append_f32, resolve_path};
+use serenity_protocol::model_path::{TransformerSource, resolve_path};
 use serenity_protocol::process::Process;
 use serenity_protocol::slab::{Slab, SlabLayer};
 use serenity_protocol::{Error, Result};
@@ -123,7 +123,7 @@ fn compare(file: &File, slab: &Slab, layer: &SlabLayer, source: &TransformerSour
         let row_sums: Vec<[f64; 4]> = rows
             .map(|(i, (bytes, codes))| {
                 let mut original = Vec::with_capacity(layer.in_features);
-                append_f32(bytes, place.dtype, &mut original)?;
+                place.append_f32((batch.row + i) * layer.in_features, layer.in_features, bytes, &mut original)?;
                 let scale = scales.get(batch.row + i).copied().unwrap_or(f32::NAN);
                 Ok(original.iter().zip(codes).fold([0f64; 4], |[o, d, p, e], (&w, &code)| {
                     let (w, q) = (f64::from(w), f64::from(f32::from(code as i8) * scale));

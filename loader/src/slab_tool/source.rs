@@ -89,6 +89,9 @@ pub fn element_bytes(dtype: Dtype) -> Result<usize> {
     match dtype {
         Dtype::F32 => Ok(4),
         Dtype::BF16 | Dtype::F16 => Ok(2),
-        other => Err(Error::data("a tensor has an unsupported type").expected("F32, BF16 or F16").found(format!("{other:?}"))),
+        Dtype::F8_E4M3 | Dtype::F8_E5M2 => Ok(1),
+        other => {
+            Err(Error::data("a tensor has an unsupported type").expected("F32, BF16, F16, F8_E4M3 or F8_E5M2").found(format!("{other:?}")))
+        }
     }
 }

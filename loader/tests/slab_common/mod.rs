@@ -1,6 +1,8 @@
 //! A slab taken apart, so that a test can spoil any part of it and put it together again.
 #![allow(dead_code)]
 
+pub mod models;
+
 use std::path::{Path, PathBuf};
 
 use serde_json::{Map, Value, json};

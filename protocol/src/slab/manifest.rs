@@ -4,10 +4,12 @@
 //! defaults are those of `SlabManifestV2`. Everything is checked here that can be checked without the slab's header.
 
 use std::collections::BTreeMap;
+use std::ops::Range;
 
 use serde::{Deserialize, Serialize};
 use serde_json::Value;
 use sha2::{Digest, Sha256};
+use xxhash_rust::xxh3::Xxh3;
 
 use super::strict_json;
 use crate::error::{Error, Result};
@@ -104,6 +106,8 @@ pub struct ManifestLayer {
 pub struct Additions {
     /// [`ADDITIONS_VERSION`].
     pub format: u32,
+    /// XXH3-64 of the manifest's own text, with 16 zeros in the place of these digits. Any flipped bit of the manifest shows.
+    pub manifest_xxh3: Hash,
     /// Geometry of the transformer.
     pub geometry: TransformerGeometry,
     /// Length of the slab file.
@@ -185,18 +189,27 @@ impl Manifest {
         if !matches!(value, Value::Object(_)) {
             return Err(Error::data("the slab's manifest is no JSON object"));
         }
+        check_seal(bytes, value.get("serenity").is_some())?;
         let mut manifest: Self = serde_json::from_value(value)
             .map_err(|e| Error::data("the slab's manifest lacks a field or has one of another type").cause(e))?;
         manifest.layers.sort_by(|a, b| a.canonical_name.cmp(&b.canonical_name));
         Ok(manifest)
     }
 
-    /// The JSON text, in the original's form (indent 2).
+    /// The JSON text, in the original's form (indent 2), sealed with its own checksum if it has our additions.
     ///
     /// # Errors
     /// [`Error::Invariant`] if it cannot be written as JSON.
     pub fn to_json(&self) -> Result<String> {
-        serde_json::to_string_pretty(self).map_err(|e| Error::invariant("a manifest cannot be written as JSON").cause(e))
+        let text = serde_json::to_string_pretty(self).map_err(|e| Error::invariant("a manifest cannot be written as JSON").cause(e))?;
+        if self.serenity.is_none() {
+            return Ok(text);
+        }
+        let sealed = seal_of(text.as_bytes()).map(|(digits, hash)| {
+            let (before, after) = (text.get(..digits.start).unwrap_or_default(), text.get(digits.end..).unwrap_or_default());
+            format!("{before}{hash}{after}")
+        });
+        sealed.ok_or_else(|| Error::invariant("a manifest cannot be sealed: a name in it imitates the checksum's field"))
     }
 
     /// Adds to `problems` what is wrong with the manifest by itself.
@@ -236,6 +249,48 @@ impl Manifest {
         if let Some(additions) = &self.serenity {
             additions.check(problems);
         }
+    }
+}
+
+/// What stands before the manifest's own checksum.
+const SEAL_KEY: &[u8] = b"\"manifest_xxh3\": \"";
+/// Digits of a [`Hash`].
+const HASH_DIGITS: usize = 16;
+
+/// Where the digits of the manifest's own checksum are, and the checksum that the text should have; `None` unless there is exactly one.
+fn seal_of(text: &[u8]) -> Option<(Range<usize>, Hash)> {
+    let mut found = text.windows(SEAL_KEY.len()).enumerate().filter(|(_, w)| *w == SEAL_KEY).map(|(at, _)| at + SEAL_KEY.len());
+    let (start, None) = (found.next()?, found.next()) else { return None };
+    let (before, rest) = text.split_at_checked(start)?;
+    let (_, after) = rest.split_at_checked(HASH_DIGITS)?;
+    let mut hash = Xxh3::new();
+    for part in [before, &[b'0'; HASH_DIGITS], after] {
+        hash.update(part);
+    }
+    Some((start..start + HASH_DIGITS, Hash(hash.digest())))
+}
+
+/// Compares the manifest's text with the checksum in it. Either the key of our additions or that of the checksum survives a flipped
+/// bit, so that neither can be lost unseen.
+fn check_seal(text: &[u8], has_additions: bool) -> Result<()> {
+    const ADVICE: &str = "copy the manifest again, or build the slab again; a manifest with checksums cannot be edited by hand";
+    match seal_of(text) {
+        Some((digits, expected)) => {
+            let stated = text.get(digits.clone()).unwrap_or_default();
+            if stated == expected.to_string().as_bytes() {
+                return Ok(());
+            }
+            Err(Error::data("the slab's manifest is corrupt: it does not have the checksum that it states")
+                .offset(digits.start as u64)
+                .expected(expected)
+                .found(String::from_utf8_lossy(stated))
+                .advice(ADVICE))
+        }
+        None if has_additions => {
+            Err(Error::data("the slab's manifest is corrupt: it does not state its checksum (serenity.manifest_xxh3) exactly once")
+                .advice(ADVICE))
+        }
+        None => Ok(()),
     }
 }
 

@@ -361,7 +361,7 @@ fn check_additions(additions: &manifest::Additions, header: &Header, problems: &
     let found = xxhash_rust::xxh3::xxh3_64(&header.bytes);
     if found != additions.header_xxh3.0 {
         problems.push(format!(
-            "the header (bytes 0 to {}) has hash {found:016x}, the manifest says {}: it is corrupt, or of another build",
+            "the header (byte offset 0 to {}) has hash {found:016x}, the manifest says {}: it is corrupt, or of another build",
             header.data_start, additions.header_xxh3
         ));
     }
