@@ -1,8 +1,8 @@
 //! Captions and images become cache entries.
 //!
 //! **Weights move once, samples wait.** A layer of the text encoder is read once and every caption of the pass goes through it before the
-//! next layer is needed; that next layer is read meanwhile ([`text`]). The VAE is small and stays ([`vae`]). [`run`] is the job: which
-//! entries are missing, encode these, write each whole or not at all.
+//! next layer is needed; that next layer is read meanwhile ([`text`]). The VAE is small and stays ([`vae`]). [`engine`] makes entries out of
+//! captions and images; [`run`] is the job: which entries are missing, have these made, write each whole or not at all.
 //!
 //! The path of a caption: [`tokenizer`] → [`text`] → [`serenity_protocol::cache::TextEntry`]. The path of an image: [`pixels`] → [`vae`] →
 //! [`serenity_protocol::cache::LatentEntry`]. Everything takes a device and a type; on the CPU both encoders compute in float32, and a
@@ -12,6 +12,7 @@
 
 pub mod bench;
 pub mod cli;
+pub mod engine;
 pub mod parity;
 pub mod pixels;
 pub mod run;

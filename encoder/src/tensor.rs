@@ -55,15 +55,29 @@ pub fn load(checkpoint: &Checkpoint, name: &str, shape: &[usize], device: &Devic
 /// # Errors
 /// [`Error::Data`] if the type is no float type that is supported (FP8 checkpoints carry scales that would be ignored).
 pub fn upload(tensor: &TensorRef, bytes: &[u8], shape: &[usize], device: &Device, dtype: DType) -> Result<Tensor> {
-    let stored = match tensor.dtype {
-        Dtype::F32 => DType::F32,
-        Dtype::BF16 => DType::BF16,
-        Dtype::F16 => DType::F16,
-        other => {
-            return Err(Error::data(format!("a weight has type {other:?}"))
-                .expected("F32, BF16 or F16")
-                .advice("use the original weights: quantised or FP8 encoders are not supported"));
-        }
-    };
+    let stored = stored_type(tensor.dtype)?;
+    upload_as(bytes, stored, shape, device, dtype)
+}
+
+/// The tensor library's name of a float type.
+///
+/// # Errors
+/// [`Error::Data`] for any other type (FP8 checkpoints carry scales that would be ignored).
+pub fn stored_type(dtype: Dtype) -> Result<DType> {
+    match dtype {
+        Dtype::F32 => Ok(DType::F32),
+        Dtype::BF16 => Ok(DType::BF16),
+        Dtype::F16 => Ok(DType::F16),
+        other => Err(Error::data(format!("a weight has type {other:?}"))
+            .expected("F32, BF16 or F16")
+            .advice("use the original weights: quantised or FP8 encoders are not supported")),
+    }
+}
+
+/// `bytes` of type `stored` as a tensor of `shape` in `dtype`.
+///
+/// # Errors
+/// A failure of the tensor library.
+pub fn upload_as(bytes: &[u8], stored: DType, shape: &[usize], device: &Device, dtype: DType) -> Result<Tensor> {
     Tensor::from_raw_buffer(bytes, stored, shape, device).and_then(|t| t.to_dtype(dtype)).map_err(failed("uploading weights"))
 }

@@ -4,6 +4,7 @@
 use std::collections::BTreeMap;
 use std::path::{Path, PathBuf};
 
+use serenity_encoder::engine::HiddenBudget;
 use serenity_encoder::run::{RunOptions, Shard, Summary, run};
 use serenity_protocol::Result;
 use serenity_protocol::cache::{CachePlan, TextEntry};
@@ -106,7 +107,7 @@ fn alone_in_shards_or_together_gives_the_same_bytes() {
     let dir = Dir::new(&captions);
     dir.run("together").unwrap();
     let process = Process::detached(Role::Encoder);
-    let options = RunOptions { hidden_bytes_max: 1, ..RunOptions::default() };
+    let options = RunOptions { budget: HiddenBudget { memory_bytes_max: 1, file_bytes_max: Some(1) }, ..RunOptions::default() };
     run(&dir.config("alone", &[]), options, &process).unwrap();
     for index in 0..2 {
         let options = RunOptions { shard: Shard { index, of: 2 }, ..RunOptions::default() };

@@ -1,4 +1,7 @@
-//! One Mistral layer over one caption's real tokens, or over the pad.
+//! One Mistral layer over the real tokens of several captions that are packed one behind the other, or over the pad.
+//!
+//! The linear layers and norms see all rows of the pack at once; attention sees one caption at a time, which is the block-diagonal causal
+//! mask without its empty blocks. Every row passes through the same sums in the same order whatever stands beside it.
 //!
 //! `h += o(attention(rope(q, k), v))` of the normed `h`, then `h += down(silu(gate) * up)` of the normed sum. The norm divides in float32,
 //! rounds, and multiplies by its weight in the computing type (two roundings, as the reference). The rotary embedding is of the
@@ -53,24 +56,50 @@ fn linear(x: &Tensor, weight: &Tensor) -> Result<Tensor> {
     x.matmul(&weight.t()?)
 }
 
-/// The layer over `h [n, hidden]`. Without `positions` the rows are pads: fully masked queries, whose attention output is 0, so that
-/// only the feed-forward half acts (`spec/flux2.md` 2.4).
-pub(super) fn forward(g: &TextGeometry, w: &LayerWeights, h: &Tensor, positions: Option<&Positions>) -> Result<Tensor> {
-    let h = match positions {
-        None => h.clone(),
-        Some(positions) => (h + attention(g, w, &rms_norm(h, &w.attention_norm, g.rms_eps)?, positions)?)?,
+/// A caption's place in its pack.
+pub(super) struct Segment<'a> {
+    /// First row.
+    pub start: usize,
+    /// Rows: the caption's real tokens.
+    pub rows: usize,
+    /// Where they stand in the padded caption.
+    pub positions: &'a Positions,
+}
+
+/// The layer over `h [rows, hidden]`. `segments` lie one behind the other from row 0; rows after the last one are filling and mean nothing.
+/// Without `segments` the rows are pads: fully masked queries, whose attention output is 0, so that only the feed-forward half acts
+/// (`spec/flux2.md` 2.4).
+pub(super) fn forward(g: &TextGeometry, w: &LayerWeights, h: &Tensor, segments: &[Segment]) -> Result<Tensor> {
+    let h = match segments {
+        [] => h.clone(),
+        segments => (h + attention(g, w, &rms_norm(h, &w.attention_norm, g.rms_eps)?, segments)?)?,
     };
     let x = rms_norm(&h, &w.mlp_norm, g.rms_eps)?;
     let inner = (linear(&x, &w.gate)?.silu()? * linear(&x, &w.up)?)?;
     &h + linear(&inner, &w.down)?
 }
 
-fn attention(g: &TextGeometry, w: &LayerWeights, x: &Tensor, positions: &Positions) -> Result<Tensor> {
-    let n = x.dim(0)?;
+fn attention(g: &TextGeometry, w: &LayerWeights, x: &Tensor, segments: &[Segment]) -> Result<Tensor> {
+    let (query, key, value) = (linear(x, &w.query)?, linear(x, &w.key)?, linear(x, &w.value)?);
+    let mut mixed = Vec::with_capacity(segments.len() + 1);
+    for s in segments {
+        let part = |t: &Tensor| t.narrow(0, s.start, s.rows);
+        mixed.push(attend(g, &part(&query)?, &part(&key)?, &part(&value)?, s.positions)?);
+    }
+    let filling = x.dim(0)? - segments.iter().map(|s| s.rows).sum::<usize>();
+    if filling > 0 {
+        mixed.push(Tensor::zeros((filling, g.heads * g.head_dim), x.dtype(), x.device())?);
+    }
+    linear(&Tensor::cat(&mixed, 0)?, &w.output)
+}
+
+/// One caption's attention: `query [n, heads * head_dim]`, `key` and `value [n, kv_heads * head_dim]` to `[n, heads * head_dim]`.
+fn attend(g: &TextGeometry, query: &Tensor, key: &Tensor, value: &Tensor, positions: &Positions) -> Result<Tensor> {
+    let n = query.dim(0)?;
     let group = g.heads / g.kv_heads;
-    let query = positions.rotate(&linear(x, &w.query)?.reshape((n, g.heads, g.head_dim))?)?;
-    let key = positions.rotate(&linear(x, &w.key)?.reshape((n, g.kv_heads, g.head_dim))?)?;
-    let value = linear(x, &w.value)?.reshape((n, g.kv_heads, g.head_dim))?;
+    let query = positions.rotate(&query.reshape((n, g.heads, g.head_dim))?)?;
+    let key = positions.rotate(&key.reshape((n, g.kv_heads, g.head_dim))?)?;
+    let value = value.reshape((n, g.kv_heads, g.head_dim))?;
     // Query head i uses key head i / group: the queries of a group become further rows of the same product.
     let query = query.transpose(0, 1)?.contiguous()?.reshape((g.kv_heads, group * n, g.head_dim))?;
     let key = key.transpose(0, 1)?.contiguous()?;
@@ -79,6 +108,5 @@ fn attention(g: &TextGeometry, w: &LayerWeights, x: &Tensor, positions: &Positio
     let scores = scores.reshape((g.kv_heads, group, n, n))?.broadcast_add(&positions.mask)?;
     let weights = candle_nn::ops::softmax_last_dim(&scores)?.to_dtype(value.dtype())?;
     let mixed = weights.reshape((g.kv_heads, group * n, n))?.matmul(&value)?;
-    let mixed = mixed.reshape((g.heads, n, g.head_dim))?.transpose(0, 1)?.contiguous()?.reshape((n, g.heads * g.head_dim))?;
-    linear(&mixed, &w.output)
+    mixed.reshape((g.heads, n, g.head_dim))?.transpose(0, 1)?.contiguous()?.reshape((n, g.heads * g.head_dim))
 }

@@ -6,7 +6,8 @@ use serenity_protocol::cache::text_model::TextGeometry;
 use serenity_protocol::checkpoint::Checkpoint;
 use serenity_protocol::{Error, Result};
 
-use crate::tensor::{load, upload};
+use super::direct::DirectReader;
+use crate::tensor::{stored_type, upload, upload_as};
 
 /// Prefixes of the language model's tensors (`spec/flux2.md` 2.5): older multimodal, newer multimodal, text only.
 const PREFIXES: [&str; 3] = ["language_model.model.", "model.language_model.", "model."];
@@ -61,12 +62,16 @@ impl TextWeights {
     }
 
     /// Reads layer `index` and moves it to `device`.
-    pub fn layer(&self, index: usize, device: &Device, dtype: DType) -> Result<LayerWeights> {
+    pub fn layer(&self, index: usize, reader: &mut DirectReader, device: &Device, dtype: DType) -> Result<LayerWeights> {
         let _span = tracing::trace_span!("read", layer = index).entered();
         let g = &self.geometry;
         let (d, queries, keys, m) = (g.hidden, g.heads * g.head_dim, g.kv_heads * g.head_dim, g.intermediate);
-        let get = |name: &str, shape: &[usize]| {
-            load(&self.checkpoint, &format!("{}layers.{index}.{name}.weight", self.prefix), shape, device, dtype)
+        let mut get = |name: &str, shape: &[usize]| {
+            let name = format!("{}layers.{index}.{name}.weight", self.prefix);
+            self.checkpoint.tensor_of_shape(&name, shape)?;
+            let place = self.checkpoint.place(&name)?;
+            let stored = stored_type(place.dtype).map_err(|e| e.at(&place.file).found(format!("tensor '{name}'")))?;
+            upload_as(reader.read(&place.file, &place.range)?, stored, shape, device, dtype)
         };
         Ok(LayerWeights {
             query: get("self_attn.q_proj", &[queries, d])?,

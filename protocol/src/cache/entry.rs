@@ -98,7 +98,18 @@ impl TextEntry {
     /// # Errors
     /// [`Error::Absent`] if there is none, [`Error::Data`] if it is corrupt or of another version.
     pub fn read(path: &Path) -> Result<Self> {
-        let file = Parsed::read(path, "text")?;
+        Self::from_parsed(&Parsed::read(path, "text")?)
+    }
+
+    /// As [`Self::read`] for a file's bytes, which will be written to `path`.
+    ///
+    /// # Errors
+    /// [`Error::Data`] if they are corrupt or of another version.
+    pub fn from_bytes(path: &Path, bytes: Vec<u8>) -> Result<Self> {
+        Self::from_parsed(&Parsed::parse(path, bytes, "text")?)
+    }
+
+    fn from_parsed(file: &Parsed) -> Result<Self> {
         let (real_tokens, max_length) = (file.head.number("real_tokens")?, file.head.number("max_length")?);
         let (pad_shape, pad) = file.tensor("pad_row", "BF16")?;
         let (rows_shape, rows) = file.tensor("rows", "BF16")?;
@@ -161,7 +172,18 @@ impl LatentEntry {
     /// # Errors
     /// [`Error::Absent`] if there is none, [`Error::Data`] if it is corrupt or of another version.
     pub fn read(path: &Path) -> Result<Self> {
-        let file = Parsed::read(path, "latent")?;
+        Self::from_parsed(&Parsed::read(path, "latent")?)
+    }
+
+    /// As [`Self::read`] for a file's bytes, which will be written to `path`.
+    ///
+    /// # Errors
+    /// [`Error::Data`] if they are corrupt or of another version.
+    pub fn from_bytes(path: &Path, bytes: Vec<u8>) -> Result<Self> {
+        Self::from_parsed(&Parsed::parse(path, bytes, "latent")?)
+    }
+
+    fn from_parsed(file: &Parsed) -> Result<Self> {
         let (height, width) = (file.head.number("height")?, file.head.number("width")?);
         let (shape, bytes) = file.tensor("tokens", "F32")?;
         let &[count, channels] = shape else { return Err(file.head.malformed("tokens has not two dimensions")) };
@@ -290,7 +312,11 @@ struct Parsed<'p> {
 
 impl<'p> Parsed<'p> {
     fn read(path: &'p Path, kind: &str) -> Result<Self> {
-        let mut bytes = std::fs::read(path).map_err(|e| Error::io("cannot read the cache entry", path, e))?;
+        let bytes = std::fs::read(path).map_err(|e| Error::io("cannot read the cache entry", path, e))?;
+        Self::parse(path, bytes, kind)
+    }
+
+    fn parse(path: &'p Path, mut bytes: Vec<u8>, kind: &str) -> Result<Self> {
         let bad = |why: &str| Head::corrupt(path, why);
         let header_bytes = header_length(&bytes).ok_or_else(|| bad("it ends before its header"))?;
         let header = bytes.get(8..8 + header_bytes).ok_or_else(|| bad("it ends inside its header"))?;
@@ -337,6 +363,17 @@ pub(super) fn looks_whole(path: &Path, kind: &str) -> bool {
         Some(head.file_bytes() == file.metadata().ok()?.len())
     };
     attempt().unwrap_or(false)
+}
+
+/// The metadata of the entry at `path`, without reading its payload.
+pub(super) fn notes(path: &Path, kind: &str) -> Option<BTreeMap<String, String>> {
+    use std::io::Read;
+    let mut file = std::fs::File::open(path).ok()?;
+    let mut length = [0; 8];
+    file.read_exact(&mut length).ok()?;
+    let mut header = vec![0; header_length(&length)?];
+    file.read_exact(&mut header).ok()?;
+    Head::parse(path, &header, kind).ok().map(|head| head.metadata)
 }
 
 #[cfg(test)]

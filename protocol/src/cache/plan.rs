@@ -24,6 +24,12 @@ const TRANSFORM: &str = "cover bilinear centre 1";
 pub struct Key([u8; 32]);
 
 impl Key {
+    /// The key of those bytes, for names that were read from a file or a peer.
+    #[must_use]
+    pub fn from_bytes(bytes: [u8; 32]) -> Self {
+        Self(bytes)
+    }
+
     fn of(fields: &[&[u8]]) -> Self {
         let mut hasher = blake3::Hasher::new();
         for field in fields {
@@ -112,6 +118,22 @@ pub struct LatentItem {
     pub image_digest: String,
 }
 
+impl TextItem {
+    /// Whether a whole entry is there now: reads and verifies it.
+    #[must_use]
+    pub fn is_whole(&self) -> bool {
+        self.path.is_file() && TextEntry::read(&self.path).is_ok()
+    }
+}
+
+impl LatentItem {
+    /// Whether a whole entry is there now: reads and verifies it.
+    #[must_use]
+    pub fn is_whole(&self) -> bool {
+        self.path.is_file() && LatentEntry::read(&self.path).is_ok()
+    }
+}
+
 /// The entries of one sample, as indices into [`CachePlan::text`] and [`CachePlan::latents`].
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct PlannedSample {
@@ -140,6 +162,8 @@ pub struct CachePlan {
     pub max_length: usize,
     /// Side of the image in pixels.
     pub resolution: u32,
+    /// Identities of text encoder, tokenizer and VAE, as they enter the keys.
+    pub identities: [String; 3],
     /// Files that had to be opened for their digest: 0 when the memo knew all.
     pub files_hashed: usize,
 }
@@ -174,14 +198,16 @@ impl CachePlan {
             hidden_states,
             max_length: config.model.max_sequence_length,
             resolution: config.resolution,
+            identities: [ids.0, ids.1, ids.2],
             files_hashed: 0,
         };
         let (mut texts, mut latents) = (HashMap::new(), HashMap::new());
         for sample in samples {
-            let key = Key::text(&sample.caption, &ids.0, &ids.1, this.max_length, hidden_states);
+            let [encoder, tokenizer, vae] = this.identities.clone();
+            let key = Key::text(&sample.caption, &encoder, &tokenizer, this.max_length, hidden_states);
             let text = *texts.entry(key).or_insert_with(|| this.add_text(key, sample, &mut memo, check));
             let image_digest = memo.digest(&sample.image)?;
-            let key = Key::latent(&image_digest, &ids.2, this.resolution);
+            let key = Key::latent(&image_digest, &vae, this.resolution);
             let latent = *latents.entry(key).or_insert_with(|| this.add_latent(key, sample, image_digest, &mut memo, check));
             this.samples.push(PlannedSample { text, latent, repeats: sample.repeats });
         }
