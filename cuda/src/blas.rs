@@ -80,10 +80,8 @@ impl Layout {
         let mut raw = std::ptr::null_mut();
         let stride = i64::try_from(stride).map_err(|_| Error::invariant("a stride is too large"))?;
         // SAFETY: `raw` outlives the call. Destroyed once, in drop.
-        check(
-            unsafe { sys::cublasLtMatrixLayoutCreate(&mut raw, data_type(ty), rows as u64, cols as u64, stride) },
-            "describing a matrix",
-        )?;
+        let code = unsafe { sys::cublasLtMatrixLayoutCreate(&mut raw, data_type(ty), rows as u64, cols as u64, stride) };
+        check(code, "describing a matrix")?;
         Ok(Self(raw))
     }
 }

@@ -4,8 +4,10 @@
 //! The choice is made once and said once. In the first two cases the host never waits; with a bounce buffer the host copies, and waits for
 //! the half of the buffer that it is about to overwrite.
 
+use std::path::Path;
 use std::sync::Arc;
 
+use memmap2::MmapMut;
 use serenity_protocol::{Error, Result};
 
 use crate::driver::{Context, Event, HostRange, Pinned, Ptr, Stream};
@@ -19,6 +21,8 @@ pub struct HostSource {
     base: *const u8,
     bytes: usize,
     way: Way,
+    /// Of a source that keeps its memory itself. Last: the pages must be unlocked first.
+    _owner: Option<Arc<MmapMut>>,
 }
 
 // SAFETY: the range belongs to the process, not to a thread; it is only read, under `&mut self`.
@@ -76,7 +80,7 @@ impl HostSource {
                         Way::Slots(slots, slot)
                     }
                     Err(why) => {
-                        tracing::warn!("{why}\n  copies go through a bounce buffer of {} MiB: slower", 2 * BOUNCE_BYTES >> 20);
+                        tracing::warn!("{why}\n  copies go through a bounce buffer of {} MiB: slower", (2 * BOUNCE_BYTES) >> 20);
                         Way::Bounce {
                             buffer: Pinned::new(context, 2 * BOUNCE_BYTES)?,
                             last: [Event::new(context)?, Event::new(context)?],
@@ -86,7 +90,17 @@ impl HostSource {
                 }
             }
         };
-        Ok(Self { base, bytes, way })
+        Ok(Self { base, bytes, way, _owner: None })
+    }
+
+    /// A source over a whole map, whose slots are `slot_bytes` long. It keeps the map, which nobody can write while it is shared.
+    ///
+    /// # Errors
+    /// As [`Self::new`].
+    pub fn of_map(context: &Arc<Context>, map: &Arc<MmapMut>, slot_bytes: usize, locking: Locking) -> Result<Self> {
+        // SAFETY: the source keeps the map alive (`_owner`, dropped after `way`), and a shared map hands out no way to write it.
+        let source = unsafe { Self::new(context, map.as_ptr(), map.len(), slot_bytes, locking) }?;
+        Ok(Self { _owner: Some(map.clone()), ..source })
     }
 
     /// Whether copies go on without the host.
@@ -144,4 +158,16 @@ impl HostSource {
         }
         Ok(())
     }
+}
+
+/// `bytes` bytes of a new file at `path`, mapped; the file has no name any more when this returns.
+///
+/// # Errors
+/// The operating system's.
+pub fn nameless_map(path: &Path, bytes: usize) -> std::io::Result<MmapMut> {
+    let file = std::fs::File::options().read(true).write(true).create_new(true).open(path)?;
+    std::fs::remove_file(path)?;
+    file.set_len(bytes as u64)?;
+    // SAFETY: the file was made here and has no name, so nobody else writes or cuts it while it is mapped.
+    unsafe { MmapMut::map_mut(&file) }
 }

@@ -32,7 +32,7 @@ pub const UNITS: &[Unit] = &[
 ];
 
 /// Options besides the target. Divisions, roots and denormals stay exact: no fast math.
-pub const OPTIONS: &[&str] = &["--std=c++17", "--device-int128", "-lineinfo"];
+pub const OPTIONS: &[&str] = &["--std=c++17", "-lineinfo"];
 
 /// First bytes of a cache entry.
 const MAGIC: &[u8; 8] = b"SRNYKRN1";
@@ -44,8 +44,7 @@ impl Unit {
         self.sources.iter().map(|(file, text)| format!("#line 1 \"{file}\"\n{text}\n")).collect()
     }
 
-    /// Names of the kernels in it, read off the sources' `KERNEL(name)` and `extern "C" __global__` lines by the compiler itself: this is
-    /// only the file name of its cache entry.
+    /// File name of its cache entry.
     fn entry(&self, key: &str) -> String {
         format!("{}-{key}.kernels", self.name)
     }

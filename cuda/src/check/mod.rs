@@ -5,7 +5,13 @@
 //! emptied before each. A failing section does not stop the others; a fault that loses the context does, and what was not run is listed.
 #![forbid(unsafe_code)]
 
+mod blas;
+mod copies;
+mod elementwise;
+mod heads;
 mod rows;
+mod speed;
+mod training;
 
 use std::path::PathBuf;
 
@@ -29,7 +35,20 @@ pub type Section = (&'static str, fn(&mut Check<'_>) -> Result<()>);
 /// All sections in the order they run.
 #[must_use]
 pub fn sections() -> Vec<Section> {
-    vec![("dequant", rows::dequant as fn(&mut Check<'_>) -> Result<()>), ("norm", rows::norm)]
+    vec![
+        ("copies", copies::copies as fn(&mut Check<'_>) -> Result<()>),
+        ("dequant", rows::dequant),
+        ("norm", rows::norm),
+        ("heads", heads::heads),
+        ("swiglu", elementwise::swiglu),
+        ("gate", elementwise::gate),
+        ("sums", elementwise::sums),
+        ("time", elementwise::time),
+        ("loss", training::loss),
+        ("optimizer", training::optimizer),
+        ("gemm", blas::gemm),
+        ("bandwidth", speed::bandwidth),
+    ]
 }
 
 /// One line of the table.
