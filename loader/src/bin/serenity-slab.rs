@@ -40,7 +40,8 @@ enum Command {
 
 #[derive(Args)]
 struct BuildArgs {
-    /// Model: a folder in the Hugging Face layout, a .safetensors file (BFL or diffusers names) or a hub id
+    /// Model: a folder in the Hugging Face layout, a .safetensors file (BFL or diffusers names) or a hub id (from the local cache, or
+    /// downloaded into it; HF_TOKEN, HF_HOME, HF_ENDPOINT and HF_HUB_OFFLINE count)
     #[arg(long, value_name = "PATH")]
     model: String,
     /// Path and name of the slab's files, without an ending
@@ -170,11 +171,13 @@ fn run_build(args: BuildArgs, process: &Process) -> Result<()> {
         ..BuildOptions::new(args.model, args.output)
     };
     process.send(&FromChild::Ready);
+    serenity_hub::ensure(&options.model, serenity_hub::TRANSFORMER_ONLY, process)?;
     let report = build::build(&options, process)?;
     built(&report, args.json, process)
 }
 
 fn run_repack(args: RepackArgs, process: &Process) -> Result<()> {
+    serenity_hub::ensure(&args.model, serenity_hub::TRANSFORMER_ONLY, process)?;
     let report = repack::repack(&open(&args.slab)?, &args.model, &args.output, process)?;
     built(&report, args.json, process)
 }
@@ -221,6 +224,9 @@ fn run_verify(args: VerifyArgs, process: &Process) -> Result<()> {
 
 fn run_info(args: InfoArgs, process: &Process) -> Result<()> {
     let slab = open(&args.slab)?;
+    if let Some(model) = &args.model {
+        serenity_hub::ensure(model, serenity_hub::TRANSFORMER_ONLY, process)?;
+    }
     let info = info::info(&slab, args.model.as_deref(), process)?;
     if args.json {
         return print_json(&info);
