@@ -13,7 +13,7 @@ typedef long long i64;
 
 #define THREADS 256
 #define FULL 0xffffffffu
-#define KERNEL(name, params, ...) extern "C" __global__ __launch_bounds__(THREADS) void name params { __VA_ARGS__; }
+#define KERNEL(name, params, ...) extern "C" __global__ __launch_bounds__(THREADS, 4) void name params { __VA_ARGS__; }
 
 struct bf16 {
     u16 bits;
