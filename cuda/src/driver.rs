@@ -21,7 +21,7 @@ use crate::libraries::{Library, require};
 const ARGS_MAX: usize = 48;
 
 /// Functions that are called; a driver without one of them is refused at start instead of panicking in the middle of a run.
-const FUNCTIONS: [&str; 38] = [
+const FUNCTIONS: [&str; 37] = [
     "cuInit",
     "cuDriverGetVersion",
     "cuDeviceGetCount",
@@ -41,7 +41,6 @@ const FUNCTIONS: [&str; 38] = [
     "cuMemFreeHost",
     "cuMemHostRegister_v2",
     "cuMemHostUnregister",
-    "cuMemcpyHtoD_v2",
     "cuMemcpyDtoH_v2",
     "cuMemcpyHtoDAsync_v2",
     "cuMemcpyDtoHAsync_v2",
@@ -296,17 +295,21 @@ impl Drop for DeviceBuffer {
     }
 }
 
-/// Copies `from` to the device and waits.
+/// Copies `from` to the device behind the work of `stream`, and waits.
+///
+/// Not by the driver's plain copy: that one returns when the slice has been read, perhaps before the bytes are on the device, and streams
+/// that do not wait for the default stream (all of ours) could overtake it.
 ///
 /// # Errors
-/// The driver's.
-pub fn upload(context: &Context, to: Ptr, from: &[u8]) -> Result<()> {
+/// The driver's, and a fault of earlier work.
+pub fn upload(stream: &Stream, to: Ptr, from: &[u8]) -> Result<()> {
     if from.is_empty() {
         return Ok(());
     }
-    context.bind()?;
-    // SAFETY: the source is a slice; the call returns when it has been read.
-    check(unsafe { sys::cuMemcpyHtoD_v2(to.0, from.as_ptr().cast(), from.len()) }, "copying to the device")
+    stream.context.bind()?;
+    // SAFETY: the source is a slice, and the wait below ends after its last use.
+    let queued = check(unsafe { sys::cuMemcpyHtoDAsync_v2(to.0, from.as_ptr().cast(), from.len(), stream.raw) }, "copying to the device");
+    stream.sync().and(queued)
 }
 
 /// Copies from the device and waits. Earlier work of other streams is not waited for: synchronise them first.

@@ -150,8 +150,7 @@ impl Gpu {
     /// # Errors
     /// The driver's.
     pub fn upload(&self, to: Ptr, from: &[u8]) -> Result<()> {
-        self.compute.sync()?;
-        driver::upload(&self.context, to, from)
+        driver::upload(&self.compute, to, from)
     }
 
     /// Copies from the device after the compute stream's work, and waits.
