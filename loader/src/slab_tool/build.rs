@@ -421,7 +421,7 @@ fn quantise_batch(job: &Job, index: usize, batch: &Batch, scales: &mut Vec<f32>)
     let first = scales.len();
     scales.resize(first + batch.rows, 0.0);
     let rows =
-        codes.par_chunks_exact_mut(padded).zip(scales.get_mut(first..).unwrap_or_default()).zip(batch.bytes.par_chunks_exact(row_bytes));
+        codes.par_chunks_exact_mut(padded).zip(scales.get_mut(first..).unwrap_or_default()).zip(batch.bytes().par_chunks_exact(row_bytes));
     let bad = rows.enumerate().with_min_len(16).map_init(Vec::new, |row: &mut Vec<f32>, (i, ((codes, scale), bytes))| {
         row.clear();
         // Only the types of element_bytes come here, and those cannot fail.

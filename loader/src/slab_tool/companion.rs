@@ -77,7 +77,7 @@ pub fn write(plan: &CompanionPlan, source: &TransformerSource, files: &SlabFiles
         };
         let width = element_bytes(place.dtype)?;
         reader.batches(&place, rows, columns, |batch| {
-            let tasks = batch.bytes.par_chunks(CONVERT_VALUES * width).enumerate().map(|(task, bytes)| {
+            let tasks = batch.bytes().par_chunks(CONVERT_VALUES * width).enumerate().map(|(task, bytes)| {
                 let mut values = Vec::with_capacity(bytes.len() / width);
                 place.append_f32(batch.row * columns + task * CONVERT_VALUES, columns, bytes, &mut values)?;
                 if !quant::all_finite(&values) {
@@ -89,7 +89,7 @@ pub fn write(plan: &CompanionPlan, source: &TransformerSource, files: &SlabFiles
             for bytes in tasks.collect::<Vec<Result<Vec<u8>>>>() {
                 writer.write(&bytes?)?;
             }
-            progress.add((batch.bytes.len() / width * 2) as u64)
+            progress.add((batch.bytes().len() / width * 2) as u64)
         })?;
     }
     plan.manifest_entry(&files.companion, writer.finish()?)

@@ -119,7 +119,7 @@ fn compare(file: &File, slab: &Slab, layer: &SlabLayer, source: &TransformerSour
     SourceReader::default().batches(&place, layer.out_features, layer.in_features, |batch| {
         let mut codes = vec![0u8; batch.rows * layer.padded_in];
         file.read_exact_at(&mut codes, layer.qweight.start + (batch.row * layer.padded_in) as u64).map_err(io)?;
-        let rows = batch.bytes.par_chunks_exact(row_bytes).zip(codes.par_chunks_exact(layer.padded_in)).enumerate();
+        let rows = batch.bytes().par_chunks_exact(row_bytes).zip(codes.par_chunks_exact(layer.padded_in)).enumerate();
         let row_sums: Vec<[f64; 4]> = rows
             .map(|(i, (bytes, codes))| {
                 let mut original = Vec::with_capacity(layer.in_features);

@@ -1,31 +1,57 @@
-//! Reads rows of a checkpoint's tensors with read(2), in batches, without mapping: a 64 GB source leaves no trace in memory.
+//! Reads rows of a checkpoint's tensors in batches, with direct reads: a 64 GB source leaves no trace in memory or in the page cache.
 
 use std::collections::HashMap;
 use std::fs::File;
-use std::os::unix::fs::FileExt;
-use std::path::PathBuf;
+use std::ops::Range;
+use std::os::unix::fs::{FileExt, OpenOptionsExt};
+use std::path::{Path, PathBuf};
+use std::sync::{Arc, Mutex};
 
 use safetensors::Dtype;
 use serenity_protocol::model_path::SourcePlace;
 use serenity_protocol::{Error, Result};
 
+use crate::reader::{ALIGN, AlignedBuffer};
+
 /// Bytes of one batch of rows.
 pub const BATCH_BYTES: usize = 16 << 20;
 
-/// Consecutive rows of one tensor, as they are in the file.
+/// Consecutive rows of one tensor, as they are in the file. Dropping it gives its memory to a later batch.
 pub struct Batch {
     /// First row.
     pub row: usize,
     /// Rows.
     pub rows: usize,
-    /// Their bytes.
-    pub bytes: Vec<u8>,
+    buffer: AlignedBuffer,
+    /// Where the rows' bytes are in the buffer.
+    part: Range<usize>,
+    pool: Pool,
 }
+
+impl Batch {
+    /// The rows' bytes.
+    #[must_use]
+    pub fn bytes(&self) -> &[u8] {
+        self.buffer.bytes().get(self.part.clone()).unwrap_or_default()
+    }
+}
+
+impl Drop for Batch {
+    fn drop(&mut self) {
+        // A poisoned pool only loses the memory.
+        if let Ok(mut pool) = self.pool.lock() {
+            pool.push(std::mem::take(&mut self.buffer));
+        }
+    }
+}
+
+type Pool = Arc<Mutex<Vec<AlignedBuffer>>>;
 
 /// Open source files.
 #[derive(Default)]
 pub struct SourceReader {
     files: HashMap<PathBuf, File>,
+    pool: Pool,
 }
 
 impl SourceReader {
@@ -39,46 +65,102 @@ impl SourceReader {
         let mut row = 0;
         while row < rows {
             let now = batch_rows.min(rows - row);
-            let mut bytes = vec![0; now * row_bytes];
-            self.read(place, (row * row_bytes) as u64, &mut bytes)?;
-            each(Batch { row, rows: now, bytes })?;
+            let mut buffer = self.pool.lock().ok().and_then(|mut pool| pool.pop()).unwrap_or_default();
+            let part = self.read(place, (row * row_bytes) as u64, now * row_bytes, &mut buffer)?;
+            each(Batch { row, rows: now, buffer, part, pool: self.pool.clone() })?;
             row += now;
         }
         Ok(())
     }
 
-    /// Fills `into` from byte `start` of the concatenated runs.
-    fn read(&mut self, place: &SourcePlace, start: u64, into: &mut [u8]) -> Result<()> {
+    /// Reads `bytes` bytes from byte `start` of the concatenated runs; returns where in the buffer they are.
+    fn read(&mut self, place: &SourcePlace, start: u64, bytes: usize, buffer: &mut AlignedBuffer) -> Result<Range<usize>> {
         let _span = tracing::trace_span!("read").entered();
-        let io = |e| Error::io("cannot read the checkpoint", &place.file, e);
-        if !self.files.contains_key(&place.file) {
-            let file = File::open(&place.file).map_err(io)?;
-            self.files.insert(place.file.clone(), file);
+        let pieces = pieces_of(&place.runs, start, bytes as u64);
+        if pieces.iter().map(|p| p.end - p.start).sum::<u64>() != bytes as u64 {
+            return Err(Error::invariant("rows beyond a tensor's end were asked for").at(&place.file));
         }
-        let file = self.files.get(&place.file).ok_or_else(|| Error::invariant("an open file is gone"))?;
-        let mut skip = start;
-        let mut into = into;
-        for run in &place.runs {
-            let length = run.end - run.start;
-            if skip >= length {
-                skip -= length;
-                continue;
-            }
-            let now = ((length - skip) as usize).min(into.len());
-            let (head, rest) = into.split_at_mut(now);
-            let offset = run.start + skip;
-            file.read_exact_at(head, offset).map_err(|e| io(e).offset(offset))?;
-            // The pages will not be read again: leave the cache to those who need it. Failure costs nothing.
-            let length = std::num::NonZeroU64::new(now as u64);
-            let _ = rustix::fs::fadvise(file, offset, length, rustix::fs::Advice::DontNeed);
-            into = rest;
-            skip = 0;
-            if into.is_empty() {
-                return Ok(());
-            }
+        let mut read = read_pieces(self.file(&place.file)?, &pieces, bytes, buffer);
+        if matches!(&read, Err((e, _)) if e.raw_os_error() == Some(nix::libc::EINVAL)) {
+            // Some stacked file systems accept the flag and refuse the read: through the page cache from now on.
+            let cached = File::open(&place.file).map_err(|e| Error::io("cannot read the checkpoint", &place.file, e))?;
+            self.files.insert(place.file.clone(), cached);
+            read = read_pieces(self.file(&place.file)?, &pieces, bytes, buffer);
         }
-        if into.is_empty() { Ok(()) } else { Err(Error::invariant("rows beyond a tensor's end were asked for").at(&place.file)) }
+        read.map_err(|(e, at)| Error::io("cannot read the checkpoint", &place.file, e).offset(at))
     }
+
+    fn file(&mut self, path: &Path) -> Result<&File> {
+        if !self.files.contains_key(path) {
+            // Past the page cache, which would cost a copy of every byte and other processes their pages.
+            let direct = File::options().read(true).custom_flags(nix::libc::O_DIRECT).open(path);
+            // The file system has no direct reads; or the error is one that comes back.
+            let file = direct.or_else(|_| File::open(path)).map_err(|e| Error::io("cannot read the checkpoint", path, e))?;
+            self.files.insert(path.to_path_buf(), file);
+        }
+        self.files.get(path).ok_or_else(|| Error::invariant("an open file is gone"))
+    }
+}
+
+/// The byte ranges of the file that hold `bytes` bytes from `start` of the concatenated runs.
+fn pieces_of(runs: &[Range<u64>], start: u64, bytes: u64) -> Vec<Range<u64>> {
+    let (mut skip, mut left) = (start, bytes);
+    let mut pieces = Vec::new();
+    for run in runs {
+        let length = run.end - run.start;
+        if skip < length && left > 0 {
+            let now = (length - skip).min(left);
+            pieces.push(run.start + skip..run.start + skip + now);
+            left -= now;
+            skip = 0;
+        } else {
+            skip -= skip.min(length);
+        }
+    }
+    pieces
+}
+
+/// Reads the pieces one after the other into the buffer; the error comes with the piece's offset.
+fn read_pieces(
+    file: &File,
+    pieces: &[Range<u64>],
+    bytes: usize,
+    buffer: &mut AlignedBuffer,
+) -> std::result::Result<Range<usize>, (std::io::Error, u64)> {
+    if let [piece] = pieces {
+        return read_wide(file, piece, buffer).map_err(|e| (e, piece.start));
+    }
+    // Two halves of a tensor in the other order.
+    let (mut at, mut wide) = (0, AlignedBuffer::default());
+    for piece in pieces {
+        let part = read_wide(file, piece, &mut wide).map_err(|e| (e, piece.start))?;
+        let from = wide.bytes().get(part).unwrap_or_default();
+        if let Some(into) = buffer.resize(bytes).get_mut(at..at + from.len()) {
+            into.copy_from_slice(from);
+        }
+        at += from.len();
+    }
+    Ok(0..bytes)
+}
+
+/// Reads `piece`, widened to multiples of [`ALIGN`] as direct reads must be; returns where in the buffer it is.
+fn read_wide(file: &File, piece: &Range<u64>, buffer: &mut AlignedBuffer) -> std::io::Result<Range<usize>> {
+    let align = ALIGN as u64;
+    let (first, end) = (piece.start / align * align, piece.end.next_multiple_of(align));
+    let (wanted, needed) = ((end - first) as usize, (piece.end - first) as usize);
+    let into = buffer.resize(wanted);
+    let mut at = 0;
+    // The end of the file may lie before the last multiple.
+    while at < needed {
+        match file.read_at(into.get_mut(at..wanted).unwrap_or_default(), first + at as u64) {
+            Ok(0) => return Err(std::io::ErrorKind::UnexpectedEof.into()),
+            // A direct read that stops off an aligned place has reached the end of the file.
+            Ok(count) => at += count,
+            Err(e) if e.kind() == std::io::ErrorKind::Interrupted => {}
+            Err(e) => return Err(e),
+        }
+    }
+    Ok((piece.start - first) as usize..needed)
 }
 
 /// Bytes of an element of a type that can be quantised.
