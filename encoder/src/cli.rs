@@ -12,7 +12,7 @@ use serenity_protocol::process::{self, Process};
 use serenity_protocol::{Error, Result};
 
 use crate::run::{RunOptions, Shard, run};
-use crate::{bench, parity};
+use crate::{bench, cache_tool, parity, remote};
 
 /// Encodes captions and images into the cache that the trainer reads
 #[derive(Parser)]
@@ -34,6 +34,9 @@ struct JobArgs {
     config: Option<PathBuf>,
     #[command(flatten)]
     overrides: OverrideArgs,
+    /// Encode for another machine: frames on standard input and output (the other side starts this over ssh)
+    #[arg(long, conflicts_with_all = ["config", "shard", "verify"])]
+    stdio: bool,
     /// Do the i-th of n equal parts of the work, i from 0 (for job arrays that fill one cache folder)
     #[arg(long, value_name = "i/n", default_value = "0/1")]
     shard: Shard,
@@ -46,9 +49,43 @@ struct JobArgs {
 enum Command {
     /// Time the text encoder and the VAE on this machine, against what storage and processor allow
     Bench(BenchArgs),
+    /// Look into the cache folder of a configuration
+    #[command(subcommand)]
+    Cache(CacheCommand),
     /// One computation in float32 for comparison with the reference
     #[command(subcommand)]
     Parity(ParityCommand),
+}
+
+#[derive(Subcommand)]
+enum CacheCommand {
+    /// All entries: kind, name, size, whether the configuration's run uses them
+    List(CacheArgs),
+    /// Read every entry; corrupt ones are set aside (exit 65), and the next run makes them again
+    Verify(CacheArgs),
+    /// Remove entries that the configuration's run does not use, and what dead processes left
+    Prune(PruneArgs),
+}
+
+#[derive(Args)]
+struct CacheArgs {
+    /// Configuration that names model, data and cache folder
+    #[arg(long, value_name = "FILE")]
+    config: PathBuf,
+    #[command(flatten)]
+    overrides: OverrideArgs,
+    /// JSON on standard output
+    #[arg(long)]
+    json: bool,
+}
+
+#[derive(Args)]
+struct PruneArgs {
+    #[command(flatten)]
+    cache: CacheArgs,
+    /// Only say what would be removed
+    #[arg(long)]
+    dry_run: bool,
 }
 
 #[derive(Args)]
@@ -107,12 +144,45 @@ pub fn main() -> ExitCode {
             report.print(args.json);
             Ok(())
         }
+        Some(Command::Cache(command)) => cache(command, process),
         Some(Command::Parity(ParityCommand::Text(args))) => parity::text(&args.model, &args.case, &args.out),
         Some(Command::Parity(ParityCommand::Vae(args))) => parity::vae(&args.model, &args.case, &args.out),
     })
 }
 
+fn cache(command: &CacheCommand, process: &Process) -> Result<()> {
+    let load = |args: &CacheArgs| Config::load(&args.config, &args.overrides.clone().into());
+    match command {
+        CacheCommand::List(args) => cache_tool::print(&cache_tool::list(&load(args)?)?, args.json),
+        CacheCommand::Verify(args) => {
+            let whole = cache_tool::verify(&load(args)?, process)?;
+            if args.json {
+                println!("{{\"whole\":{whole}}}");
+            } else {
+                println!("{whole} entries, all whole");
+            }
+            Ok(())
+        }
+        CacheCommand::Prune(args) => {
+            let pruned = cache_tool::prune(&load(&args.cache)?, args.dry_run)?;
+            if args.cache.json {
+                println!("{}", serde_json::to_string(&pruned).map_err(|e| Error::invariant("the result cannot be written").cause(e))?);
+            } else {
+                let verb = if args.dry_run { "would remove" } else { "removed" };
+                println!(
+                    "{verb} {} entries, {} leftovers, {} claims of dead processes: {} bytes",
+                    pruned.entries, pruned.leftovers, pruned.claims, pruned.bytes
+                );
+            }
+            Ok(())
+        }
+    }
+}
+
 fn job(args: &JobArgs, process: &Process) -> Result<()> {
+    if args.stdio {
+        return remote::server::serve(std::io::stdin(), std::io::stdout(), process);
+    }
     let path = args.config.as_deref().ok_or_else(|| {
         Error::config("no configuration was given").advice("serenity-encoder --config FILE (see --help for bench and parity)")
     })?;

@@ -11,10 +11,12 @@
 #![warn(missing_docs)]
 
 pub mod bench;
+pub mod cache_tool;
 pub mod cli;
 pub mod engine;
 pub mod parity;
 pub mod pixels;
+pub mod remote;
 pub mod run;
 pub mod tensor;
 pub mod text;

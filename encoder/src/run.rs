@@ -17,6 +17,7 @@ use serenity_protocol::process::Process;
 use serenity_protocol::{Error, Result, atomic_file, dataset};
 
 use crate::engine::{CaptionWork, Engine, HiddenBudget, ImageWork};
+use crate::remote;
 
 /// Time between two looks at entries that other encoders are making.
 const LOOK_EVERY: Duration = Duration::from_millis(200);
@@ -84,6 +85,17 @@ pub struct Summary {
 /// # Errors
 /// [`Error::TryAgain`] when asked to stop or the disk is full; otherwise what scanning, planning, loading and encoding report.
 pub fn run(config: &Config, options: RunOptions, process: &Process) -> Result<Summary> {
+    match &config.encoder {
+        None => run_with(config, options, process, None),
+        Some(remote) => run_with(config, options, process, Some(&mut || remote::ssh::connect(remote))),
+    }
+}
+
+/// As [`run`], with connections to another machine's encoder that `connect` opens instead of ssh; computes here without it.
+///
+/// # Errors
+/// As [`run`].
+pub fn run_with(config: &Config, options: RunOptions, process: &Process, connect: Option<Connect>) -> Result<Summary> {
     let samples = dataset::scan(&config.data)?;
     let paths = model_path::resolve(&config.model)?;
     let folder = &config.data.cache_dir;
@@ -93,7 +105,12 @@ pub fn run(config: &Config, options: RunOptions, process: &Process) -> Result<Su
     let mut missing = Missing::of(&plan, options.shard);
     let cached = plan.latents.iter().filter(|l| l.present).count() + plan.text.iter().filter(|t| t.present).count();
     let mut summary = Summary { cached, files_hashed: plan.files_hashed, ..Summary::default() };
-    if !missing.is_empty() {
+    if !missing.is_empty()
+        && let Some(connect) = connect
+    {
+        let fetched = remote::client::fetch(config, &plan, &missing, connect, process)?;
+        summary = Summary { cached: summary.cached, files_hashed: summary.files_hashed, ..fetched };
+    } else if !missing.is_empty() {
         let engine = Engine {
             paths: &paths,
             device: config.device,
@@ -118,6 +135,9 @@ pub fn run(config: &Config, options: RunOptions, process: &Process) -> Result<Su
     process.send(&FromChild::Done { files: Vec::new() });
     Ok(summary)
 }
+
+/// Opens a connection to another machine's encoder.
+pub type Connect<'a> = &'a mut dyn FnMut() -> Result<remote::client::Link>;
 
 /// Entries to be made.
 pub(crate) struct Missing<'a> {

@@ -1,92 +1,14 @@
 //! The job: what is encoded, what is reused, what is refused.
 #![allow(clippy::unwrap_used, clippy::expect_used)]
 
-use std::collections::BTreeMap;
-use std::path::{Path, PathBuf};
-
 use serenity_encoder::engine::HiddenBudget;
 use serenity_encoder::run::{RunOptions, Shard, Summary, run};
-use serenity_protocol::Result;
-use serenity_protocol::cache::{CachePlan, TextEntry};
-use serenity_protocol::config::{Config, Overrides};
+use serenity_protocol::cache::TextEntry;
 use serenity_protocol::message::Role;
 use serenity_protocol::process::Process;
 
-const GOLDENS: &str = concat!(env!("CARGO_MANIFEST_DIR"), "/../tests/fixtures/goldens");
-
-/// A folder with a copy of the golden model, images and a configuration.
-struct Dir(tempfile::TempDir);
-
-impl Dir {
-    fn new(captions: &[&str]) -> Self {
-        let dir = Self(tempfile::tempdir().unwrap());
-        for part in ["transformer", "text_encoder", "tokenizer", "vae"] {
-            let (from, to) = (Path::new(GOLDENS).join("model").join(part), dir.path(&format!("model/{part}")));
-            std::fs::create_dir_all(&to).unwrap();
-            for file in std::fs::read_dir(from).unwrap() {
-                let file = file.unwrap();
-                std::fs::write(to.join(file.file_name()), std::fs::read(file.path()).unwrap()).unwrap();
-            }
-        }
-        std::fs::create_dir(dir.path("images")).unwrap();
-        for (i, caption) in captions.iter().enumerate() {
-            dir.add(i, caption);
-        }
-        dir
-    }
-
-    fn path(&self, name: &str) -> PathBuf {
-        self.0.path().join(name)
-    }
-
-    fn add(&self, i: usize, caption: &str) {
-        let shade = i as u32 * 40;
-        let image = image::RgbImage::from_fn(40, 32 + i as u32, |x, y| image::Rgb([(x * 5 + shade) as u8, (y * 6) as u8, (x * y) as u8]));
-        image.save(self.path(&format!("images/{i}.png"))).unwrap();
-        std::fs::write(self.path(&format!("images/{i}.txt")), caption).unwrap();
-    }
-
-    fn config(&self, cache: &str, extra: &[&str]) -> Config {
-        let config = serde_json::json!({
-            "model": {"path": self.path("model")},
-            "data": {"concepts": [{"path": self.path("images")}], "cache_dir": self.path(cache)},
-            "resolution": 64, "output_dir": self.path("out"), "train_device": "cpu",
-        });
-        let mut set = vec!["model.max_sequence_length=96".to_string()];
-        set.extend(extra.iter().map(ToString::to_string));
-        Config::from_json(&config.to_string(), &self.path("config.json"), &Overrides { set, ..Overrides::default() }).unwrap()
-    }
-
-    fn run(&self, cache: &str) -> Result<Summary> {
-        run(&self.config(cache, &[]), RunOptions::default(), &Process::detached(Role::Encoder))
-    }
-
-    fn plan(&self, config: &Config) -> CachePlan {
-        let samples = serenity_protocol::dataset::scan(&config.data).unwrap();
-        CachePlan::new(config, &serenity_protocol::model_path::resolve(&config.model).unwrap(), &samples).unwrap()
-    }
-
-    /// The entries of a cache folder by their path in it.
-    fn entries(&self, cache: &str) -> BTreeMap<PathBuf, Vec<u8>> {
-        let (root, mut found) = (self.path(cache), BTreeMap::new());
-        let mut folders = vec![root.clone()];
-        while let Some(folder) = folders.pop() {
-            for file in std::fs::read_dir(folder).unwrap() {
-                let path = file.unwrap().path();
-                if path.is_dir() {
-                    folders.push(path);
-                } else if path.extension().is_some_and(|e| e == "safetensors") {
-                    found.insert(path.strip_prefix(&root).unwrap().to_path_buf(), std::fs::read(&path).unwrap());
-                }
-            }
-        }
-        found
-    }
-}
-
-fn counts(summary: Summary) -> (usize, usize, usize) {
-    (summary.captions, summary.images, summary.cached)
-}
+mod lab;
+use lab::{Dir, counts};
 
 #[test]
 fn one_more_image_costs_one_and_the_same_again_costs_nothing() {
@@ -237,4 +159,78 @@ fn a_stopped_run_keeps_what_is_done_and_the_next_goes_on() {
     assert_eq!(dir.entries("cache").len(), 1, "the image that was being encoded");
     assert_eq!(counts(dir.run("cache").unwrap()), (2, 1, 1));
     assert!(dir.entries("cache") == dir.entries("whole"));
+}
+
+#[test]
+fn two_encoders_share_a_folder_without_doing_work_twice() {
+    let captions: Vec<String> = (0..12).map(|i| format!("caption {i}")).collect();
+    let dir = Dir::new(&captions.iter().map(String::as_str).collect::<Vec<_>>());
+    dir.run("alone").unwrap();
+    let summaries: Vec<Summary> = std::thread::scope(|scope| {
+        let both: Vec<_> = (0..2).map(|_| scope.spawn(|| dir.run("shared").unwrap())).collect();
+        both.into_iter().map(|t| t.join().unwrap()).collect()
+    });
+    let made = |f: fn(&Summary) -> usize| summaries.iter().map(f).sum::<usize>();
+    assert_eq!((made(|s| s.captions), made(|s| s.images)), (12, 12), "{summaries:?}");
+    assert!(dir.entries("shared") == dir.entries("alone"));
+    assert!(!dir.path("shared/claims").exists());
+}
+
+#[test]
+fn a_thousand_cached_images_take_less_than_a_second() {
+    const IMAGES: usize = 1000;
+    let dir = Dir::new(&[]);
+    for i in 0..IMAGES {
+        let pixel = image::Rgb([i as u8, (i / 256) as u8, 7]);
+        image::RgbImage::from_pixel(16, 16, pixel).save(dir.path(&format!("images/{i}.png"))).unwrap();
+        std::fs::write(dir.path(&format!("images/{i}.txt")), format!("number {i}")).unwrap();
+    }
+    let config = dir.config("cache", &[]);
+    // What the entries hold does not matter here.
+    let plan = dir.plan(&config);
+    for item in &plan.latents {
+        serenity_protocol::cache::LatentEntry { channels: 16, height: 4, width: 4, tokens: vec![0.5; 256] }.write(&item.path, &[]).unwrap();
+    }
+    for item in &plan.text {
+        let (rows, pad_row) = (vec![half::bf16::ONE; 40 * 240], vec![half::bf16::ZERO; 240]);
+        TextEntry { real_tokens: 40, max_length: 96, features: 240, rows, pad_row }.write(&item.path, &[]).unwrap();
+    }
+    std::thread::sleep(std::time::Duration::from_millis(2100));
+    // The first run after a while verifies and remembers; every later one opens nothing.
+    assert_eq!(counts(dir.run("cache").unwrap()), (0, 0, 2 * IMAGES));
+    let started = std::time::Instant::now();
+    let summary = dir.run("cache").unwrap();
+    let seconds = started.elapsed().as_secs_f64();
+    println!("{IMAGES} cached images in {seconds:.3} s");
+    assert!(seconds < 1.0, "{seconds} s");
+    assert_eq!((counts(summary), summary.files_hashed), ((0, 0, 2 * IMAGES), 0));
+}
+
+#[test]
+fn the_folder_is_listed_verified_and_pruned() {
+    use serenity_encoder::cache_tool::{Pruned, list, prune, verify};
+    let dir = Dir::new(&["one", "two"]);
+    dir.run("cache").unwrap();
+    let (config, process) = (dir.config("cache", &[]), Process::detached(Role::Encoder));
+    let listed = list(&config).unwrap();
+    assert_eq!((listed.len(), listed.iter().filter(|l| l.used && l.kind == "text").count()), (4, 2));
+    assert!(listed.iter().any(|l| l.what.contains("\"two\"")) && listed.iter().any(|l| l.what == "4 x 4 tokens"));
+    assert_eq!(verify(&config, &process).unwrap(), 4);
+    assert_eq!(prune(&config, false).unwrap(), Pruned::default());
+    // One corrupt entry, one caption that changed, one file of a writer that died long ago.
+    let victim = &listed.iter().find(|l| l.kind == "latent").unwrap().path;
+    std::fs::write(victim, b"short").unwrap();
+    std::fs::write(dir.path("images/1.txt"), "another").unwrap();
+    let partial = victim.with_extension("safetensors.1234-1.partial");
+    std::fs::write(&partial, b"x").unwrap();
+    let past = std::time::SystemTime::now() - std::time::Duration::from_secs(7200);
+    std::fs::File::options().write(true).open(&partial).unwrap().set_modified(past).unwrap();
+    let error = verify(&config, &process).unwrap_err();
+    assert_eq!(error.exit_code(), 65);
+    assert!(error.to_string().contains("1 of 4"), "{error}");
+    let expected = prune(&config, true).unwrap();
+    assert_eq!((expected.entries, expected.leftovers), (1, 2));
+    assert_eq!(prune(&config, false).unwrap(), expected);
+    assert_eq!(list(&config).unwrap().len(), 2);
+    assert_eq!(counts(dir.run("cache").unwrap()), (1, 1, 2));
 }

@@ -33,6 +33,8 @@ pub struct Config {
     pub memory: MemoryConfig,
     /// Images and captions.
     pub data: DataConfig,
+    /// Where the encoder runs, if not here.
+    pub encoder: Option<RemoteEncoder>,
     /// Side of the training images in pixels, a multiple of 16.
     pub resolution: u32,
     /// Samples in a micro-batch.
@@ -177,6 +179,25 @@ pub struct DataConfig {
     pub concepts: Vec<Concept>,
     /// Cache folder of embeddings and latents; default `<output_dir>/cache`.
     pub cache_dir: PathBuf,
+}
+
+/// The encoder on another machine, reached over ssh (`encoder`).
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct RemoteEncoder {
+    /// `user@machine`, or a name from ssh's own configuration.
+    pub host: String,
+    /// The program there; letters that a shell leaves alone.
+    pub command: String,
+    /// Port, if not ssh's.
+    pub port: Option<u16>,
+    /// Private key, if not ssh's choice.
+    pub identity_file: Option<PathBuf>,
+    /// Known host keys, if not ssh's own files.
+    pub known_hosts_file: Option<PathBuf>,
+    /// The model there, as `model.path`; the same as here if it is not given.
+    pub model_path: Option<String>,
+    /// Device there; `train_device` if it is not given.
+    pub device: Option<DeviceKind>,
 }
 
 /// One folder of images with a caption file beside each.

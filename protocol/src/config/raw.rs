@@ -53,6 +53,7 @@ pub(super) struct RawConfig {
     pub memory: RawMemory,
     #[serde(default)]
     pub data: RawData,
+    pub encoder: Option<RawEncoder>,
     #[serde(default)]
     pub optimizer: RawOptimizer,
     #[serde(default)]
@@ -209,6 +210,19 @@ pub(super) struct RawData {
     pub frames: Unsupported,
     pub edit_mode: Unsupported,
     pub custom_conditioning_image: Unsupported,
+}
+
+/// `encoder`: the encoder runs on another machine.
+#[derive(Debug, Default, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub(super) struct RawEncoder {
+    pub host: Option<String>,
+    pub command: Option<String>,
+    pub port: Option<u16>,
+    pub identity_file: Option<PathBuf>,
+    pub known_hosts_file: Option<PathBuf>,
+    pub model_path: Option<String>,
+    pub device: Option<String>,
 }
 
 /// `optimizer`

@@ -7,8 +7,8 @@ use serde_json::{Value, json};
 use super::raw::{RawConcept, RawConfig, RawStagehand, RawTargets};
 use super::{
     AdapterConfig, CheckpointConfig, ComputeDtype, Concept, Config, DataConfig, DeviceKind, MemoryConfig, MemoryStrategy, ModelConfig,
-    OptimizerConfig, Overrides, PayloadForm, Resume, SchedulerConfig, SchedulerKind, StagehandConfig, Targets, TelemetryConfig,
-    TimestepConfig, TimestepDistribution, ValidationConfig, json, legacy, neutral,
+    OptimizerConfig, Overrides, PayloadForm, RemoteEncoder, Resume, SchedulerConfig, SchedulerKind, StagehandConfig, Targets,
+    TelemetryConfig, TimestepConfig, TimestepDistribution, ValidationConfig, json, legacy, neutral,
 };
 use crate::error::{Error, Result};
 
@@ -96,6 +96,7 @@ fn validate(raw: RawConfig, source: &Path) -> Result<Config> {
         adapter: adapter(&raw)?,
         memory: memory(&raw, &name, &output_dir, device, &mut notices)?,
         data: data(&raw, &output_dir)?,
+        encoder: encoder(&raw)?,
         resolution: resolution(&raw, &mut notices)?,
         batch_size: within(
             "batch_size",
@@ -294,6 +295,43 @@ fn adapter(raw: &RawConfig) -> Result<AdapterConfig> {
         }
     };
     Ok(AdapterConfig { rank, alpha, targets })
+}
+
+/// `encoder`: nothing in it may be read as an option by ssh, or as more than one word by the shell over there.
+fn encoder(raw: &RawConfig) -> Result<Option<RemoteEncoder>> {
+    let Some(section) = &raw.encoder else { return Ok(None) };
+    let host = section.host.clone().ok_or_else(|| Error::config("`encoder.host` is missing").expected("user@machine"))?;
+    let plain = |text: &str, more: &str| {
+        !text.is_empty()
+            && !text.starts_with('-')
+            && text.len() <= 1024
+            && text.chars().all(|c| c.is_ascii_alphanumeric() || more.contains(c))
+    };
+    if !plain(&host, "@.-_:%[]") {
+        return Err(Error::config("`encoder.host` is no name of a machine").expected("user@machine").found(host));
+    }
+    let command = section.command.clone().unwrap_or_else(|| "serenity-encoder".into());
+    if !plain(&command, "/._-+~") {
+        return Err(Error::config("`encoder.command` is no plain path")
+            .expected("letters, digits and / . _ - + ~")
+            .found(command)
+            .advice("options of the program there are not needed: everything goes through the connection"));
+    }
+    for (key, path) in [("identity_file", &section.identity_file), ("known_hosts_file", &section.known_hosts_file)] {
+        let text = path.as_ref().map(|p| p.to_string_lossy().into_owned()).unwrap_or_default();
+        if text.contains(['"', '\\', '\n', '%', '$']) {
+            return Err(Error::config(format!("`encoder.{key}` has a letter that ssh would read otherwise")).found(text));
+        }
+    }
+    Ok(Some(RemoteEncoder {
+        host,
+        command,
+        port: section.port.map(|p| within("encoder.port", p, 1, u16::MAX)).transpose()?,
+        identity_file: section.identity_file.clone(),
+        known_hosts_file: section.known_hosts_file.clone(),
+        model_path: section.model_path.clone(),
+        device: section.device.as_deref().map(|text| device(Some(text))).transpose()?,
+    }))
 }
 
 fn resolution(raw: &RawConfig, notices: &mut Vec<String>) -> Result<u32> {
