@@ -71,7 +71,7 @@ fn every_module_says_what_it_is() {
 #[test]
 fn unsafe_code_lives_in_few_files() {
     // Each of these says why at its head; a new one needs a reason as good.
-    const ALLOWED: [&str; 13] = [
+    const ALLOWED: [&str; 14] = [
         "protocol/src/checkpoint.rs",
         "protocol/src/ring/segment.rs",
         "loader/src/reader/uring.rs",
@@ -83,6 +83,7 @@ fn unsafe_code_lives_in_few_files() {
         "cuda/src/driver.rs",
         "cuda/src/blas.rs",
         "cuda/src/nvrtc.rs",
+        "cuda/src/attention/cudnn.rs",
         "cuda/src/libraries.rs",
         "cuda/src/host.rs",
     ];

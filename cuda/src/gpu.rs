@@ -7,6 +7,7 @@ use std::sync::Arc;
 use cudarc::driver::sys::CUdevice_attribute_enum as Attribute;
 use serenity_protocol::{Error, Result};
 
+use crate::attention::Engines;
 use crate::blas::Blas;
 use crate::driver::{self, Arg, Context, Kernel, Module, Ptr, Stream};
 use crate::kernels;
@@ -52,6 +53,7 @@ pub struct Gpu {
     /// Kept for the kernels in it.
     _modules: Vec<Module>,
     pub(crate) blas: Blas,
+    pub(crate) attention: Engines,
     compute: Stream,
     copy: Stream,
     properties: Properties,
@@ -79,7 +81,7 @@ impl Gpu {
         let (modules, kernels) = load_kernels(&context, properties.capability)?;
         let (compute, copy) = (Stream::new(&context, false)?, Stream::new(&context, true)?);
         let blas = Blas::new(&context)?;
-        Ok(Self { kernels, _modules: modules, blas, compute, copy, properties, free_at_open, context })
+        Ok(Self { kernels, _modules: modules, blas, attention: Engines::default(), compute, copy, properties, free_at_open, context })
     }
 
     /// The device's properties.

@@ -29,6 +29,13 @@ pub const UNITS: &[Unit] = &[
     Unit { name: "rows", sources: &[COMMON, ("rows.cu", include_str!("../kernels/rows.cu"))] },
     Unit { name: "elementwise", sources: &[COMMON, ("elementwise.cu", include_str!("../kernels/elementwise.cu"))] },
     Unit { name: "optimizer", sources: &[COMMON, ("optimizer.cu", include_str!("../kernels/optimizer.cu"))] },
+    Unit {
+        name: "attention",
+        sources: &[
+            ("attention.cu", include_str!("../kernels/attention.cu")),
+            ("attention_f32.cu", include_str!("../kernels/attention_f32.cu")),
+        ],
+    },
 ];
 
 /// Options besides the target. Divisions, roots and denormals stay exact: no fast math.

@@ -6,7 +6,7 @@
 //! at the end) and in float32 (for comparison with references; no TF32). No operation uses float atomics: two runs give equal bytes.
 //!
 //! The crate builds, and its checks compile, on a machine without CUDA: libraries are found when [`Gpu::open`] is called, and a missing one
-//! is an error that names it. Unsafe code lives in [`driver`], [`blas`], [`nvrtc`] and [`libraries`] (each a thin safe floor over one
+//! is an error that names it. Unsafe code lives in [`driver`], [`blas`], [`nvrtc`], [`libraries`] and `attention::cudnn` (each a thin safe floor over one
 //! foreign library); everything above is safe Rust. `serenity-gpu-check` compares every operation with a plain CPU computation.
 //!
 //! Failure: a device that runs out of memory is `Error::TryAgain`, a missing library or device `Error::Absent`, a fault inside a kernel
@@ -14,6 +14,7 @@
 #![warn(missing_docs)]
 
 pub mod arena;
+pub mod attention;
 pub mod blas;
 pub mod check;
 pub mod driver;

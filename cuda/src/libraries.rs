@@ -97,6 +97,18 @@ pub fn require(library: Library) -> Result<()> {
         .advice(library.advice()))
 }
 
+/// Makes one file of a library's loadable by its bare name, for a library that asks the linker for it.
+///
+/// # Errors
+/// [`Error::Absent`] naming the file.
+pub fn require_file(name: &str) -> Result<()> {
+    if preload(Path::new(name)) || folders().iter().map(|f| f.join(name)).any(|path| path.is_file() && preload(&path)) {
+        return Ok(());
+    }
+    Err(Error::absent(format!("{name} cannot be loaded"))
+        .advice("install the package that has it, or name its folder in SERENITY_CUDA_LIBRARIES"))
+}
+
 /// Loads a library for the rest of the process.
 fn preload(path: &Path) -> bool {
     // SAFETY: the file has the name of a library of NVIDIA's and lies in a folder that the user or a package manager made for such; its

@@ -5,18 +5,19 @@
 //! not know stays a number, and a function that an old library lacks is an error that names it.
 //!
 //! A plan runs on the stream of its [`Cudnn`] with the workspace that the caller gives; nothing is allocated by a run.
+#![allow(unsafe_code)]
 
 use std::ffi::{c_char, c_void};
-use std::sync::Arc;
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 use cudarc::cudnn::sys::{
-    self, cudnnBackendAttributeName_t as Name, cudnnBackendAttributeType_t as Type, cudnnBackendDescriptorType_t as Kind, cudnnBackendHeurMode_t,
-    cudnnDataType_t, cudnnPointwiseMode_t, cudnnReduceTensorOp_t,
+    self, cudnnBackendAttributeName_t as Name, cudnnBackendAttributeType_t as Type, cudnnBackendDescriptorType_t as Kind,
+    cudnnBackendHeurMode_t, cudnnDataType_t, cudnnPointwiseMode_t, cudnnReduceTensorOp_t,
 };
 use serenity_protocol::{Error, Result};
 
 use crate::driver::{Context, Ptr, Stream};
-use crate::libraries::{Library, require};
+use crate::libraries::{Library, require, require_file};
 
 /// The oldest version whose fused attention needs no workarounds for lengths that are no multiples of 64.
 const VERSION_MIN: usize = 90_100;
@@ -30,6 +31,7 @@ type Raw = sys::cudnnBackendDescriptor_t;
 /// The library's functions that are called here.
 struct Functions {
     version: unsafe extern "C" fn() -> usize,
+    runtime: unsafe extern "C" fn() -> usize,
     create: unsafe extern "C" fn(*mut Handle) -> u32,
     destroy: unsafe extern "C" fn(Handle) -> u32,
     set_stream: unsafe extern "C" fn(Handle, *mut c_void) -> u32,
@@ -50,13 +52,13 @@ impl Functions {
         macro_rules! function {
             ($name:literal) => {
                 // SAFETY: the field's type is the function's declaration in cudnn_graph.h, with `cudnnStatus_t` as the 32-bit number it is.
-                *unsafe { library.get(concat!($name, "\0").as_bytes()) }.map_err(|e| {
-                    Error::absent(format!("cuDNN is too old: it has no {}", $name)).advice("install cuDNN 9").cause(e)
-                })?
+                *unsafe { library.get(concat!($name, "\0").as_bytes()) }
+                    .map_err(|e| Error::absent(format!("cuDNN is too old: it has no {}", $name)).advice("install cuDNN 9").cause(e))?
             };
         }
-        Ok(Self {
+        let functions = Self {
             version: function!("cudnnGetVersion"),
+            runtime: function!("cudnnGetCudartVersion"),
             create: function!("cudnnCreate"),
             destroy: function!("cudnnDestroy"),
             set_stream: function!("cudnnSetStream"),
@@ -67,7 +69,13 @@ impl Functions {
             get: function!("cudnnBackendGetAttribute"),
             finalize: function!("cudnnBackendFinalize"),
             execute: function!("cudnnBackendExecute"),
-        })
+        };
+        // cuDNN ends the process when it cannot find the libraries of the CUDA version that it was built for.
+        // SAFETY: no precondition.
+        let major = unsafe { (functions.runtime)() } / 1000;
+        require_file(&format!("libcublasLt.so.{major}"))?;
+        require_file(&format!("libnvrtc.so.{major}"))?;
+        Ok(functions)
     }
 
     /// Turns a status into an error with the library's own words: [`Error::Absent`] for what it does not support (4 digits from 3000 on),
@@ -110,11 +118,15 @@ enum Target {
 pub struct Cudnn {
     functions: Functions,
     target: Target,
+    /// Held while the handle is used.
+    turn: Mutex<()>,
 }
 
-// SAFETY: handle and descriptors are not tied to a thread (cuDNN's documentation: one thread at a time per handle, which `&self` methods of a
-// type that is not Sync ensure); the context is made current before use.
+// SAFETY: handle and descriptors are not tied to a thread; the context is made current before use.
 unsafe impl Send for Cudnn {}
+// SAFETY: the library may be called from several threads, but a handle by one at a time (cuDNN's documentation): whatever passes the handle, or a
+// descriptor that holds it, holds `turn`.
+unsafe impl Sync for Cudnn {}
 
 impl Cudnn {
     /// Opens the library for `stream`, which everything runs on.
@@ -133,7 +145,7 @@ impl Cudnn {
         let mut handle = std::ptr::null_mut();
         // SAFETY: `handle` outlives the call; a context is current. Destroyed once, in drop.
         functions.check(unsafe { (functions.create)(&mut handle) }, "opening the library")?;
-        let opened = Self { functions, target: Target::Opened { handle, context } };
+        let opened = Self { functions, target: Target::Opened { handle, context }, turn: Mutex::new(()) };
         // SAFETY: handle and stream live; the stream belongs to a context that `opened` keeps, and the caller keeps the stream (both are
         // fields of one Gpu).
         opened.functions.check(unsafe { (opened.functions.set_stream)(handle, stream.raw().cast()) }, "choosing the stream")?;
@@ -145,6 +157,11 @@ impl Cudnn {
     pub fn version(&self) -> usize {
         // SAFETY: no precondition.
         unsafe { (self.functions.version)() }
+    }
+
+    /// Waits for the handle. The lock guards no data, so a panic of its last holder spoils nothing.
+    fn turn(&self) -> MutexGuard<'_, ()> {
+        self.turn.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
     fn bind(&self) -> Result<()> {
@@ -192,6 +209,11 @@ pub(super) struct Descriptor {
     raw: Raw,
     library: Arc<Cudnn>,
 }
+
+// SAFETY: a descriptor is data of the library, not tied to a thread.
+unsafe impl Send for Descriptor {}
+// SAFETY: shared ones are finalised, which makes them constant; attributes are set by the thread that made them, before it shares them.
+unsafe impl Sync for Descriptor {}
 
 impl Descriptor {
     /// An empty one.
@@ -299,10 +321,6 @@ pub(super) struct Plan {
     _parts: Vec<Descriptor>,
 }
 
-// SAFETY: descriptors are plain data of the library, not tied to a thread; the Arc'd library is Send and used by one thread at a time, for a
-// plan and its library live in one Gpu and the Attention objects made with it.
-unsafe impl Send for Plan {}
-
 impl Plan {
     /// The first plan, in the order that the library's heuristics prefer, that compiles and needs at most `workspace_max` bytes for the
     /// operations in `parts` (in order, other descriptors they refer to in front of them do not count).
@@ -311,6 +329,7 @@ impl Plan {
     /// [`Error::Absent`] if there is none.
     pub(super) fn new(library: &Arc<Cudnn>, operations: Vec<Descriptor>, others: Vec<Descriptor>, workspace_max: usize) -> Result<Self> {
         library.bind()?;
+        let _turn = library.turn();
         let graph = Descriptor::new(library, Kind::CUDNN_BACKEND_OPERATIONGRAPH_DESCRIPTOR)?;
         match &library.target {
             Target::Opened { handle, .. } => graph.put(Name::CUDNN_ATTR_OPERATIONGRAPH_HANDLE, Type::CUDNN_TYPE_HANDLE, &[*handle])?,
@@ -371,6 +390,7 @@ impl Plan {
         pack.put(Name::CUDNN_ATTR_VARIANT_PACK_DATA_POINTERS, Type::CUDNN_TYPE_VOID_PTR, &pointers)?;
         pack.put(Name::CUDNN_ATTR_VARIANT_PACK_WORKSPACE, Type::CUDNN_TYPE_VOID_PTR, &[workspace.address() as *mut c_void])?;
         pack.finalize("the operands of a plan")?;
+        let _turn = library.turn();
         // SAFETY: handle, plan and pack live; device addresses come from live reservations of an arena, with the sizes that the graph declares
         // (checked by the caller); scalars outlive the call.
         let status = unsafe { (library.functions.execute)(handle, self.plan.raw, pack.raw) };
@@ -417,7 +437,7 @@ impl Cudnn {
         let mut raw = std::ptr::null_mut();
         // SAFETY: `raw` outlives the call.
         functions.check(unsafe { (functions.make)(kind, &mut raw) }, "describing a device")?;
-        let library = Self { functions, target: Target::Described(std::mem::ManuallyDrop::new(raw)) };
+        let library = Self { functions, target: Target::Described(std::mem::ManuallyDrop::new(raw)), turn: Mutex::new(()) };
         // SAFETY: the descriptor lives; the library copies the given number of characters.
         let set = unsafe { (library.functions.set)(raw, name, Type::CUDNN_TYPE_CHAR, bytes.len() as i64, bytes.as_ptr().cast()) };
         library.functions.check(set, "describing a device")?;

@@ -166,7 +166,11 @@ impl<'a> Builder<'a> {
         ];
         let how = Descriptor::finished(self.library, Kind::CUDNN_BACKEND_REDUCTION_DESCRIPTOR, &attributes)?;
         let operands = [(Name::CUDNN_ATTR_OPERATION_REDUCTION_XDESC, x), (Name::CUDNN_ATTR_OPERATION_REDUCTION_YDESC, y)];
-        self.operation(Kind::CUDNN_BACKEND_OPERATION_REDUCTION_DESCRIPTOR, Some((Name::CUDNN_ATTR_OPERATION_REDUCTION_DESC, how)), &operands)?;
+        self.operation(
+            Kind::CUDNN_BACKEND_OPERATION_REDUCTION_DESCRIPTOR,
+            Some((Name::CUDNN_ATTR_OPERATION_REDUCTION_DESC, how)),
+            &operands,
+        )?;
         Ok(y)
     }
 
@@ -292,7 +296,7 @@ pub(super) fn backward(library: &Arc<Cudnn>, shape: &AttentionShape, heads: usiz
     g.product(dout, v, dp)?;
     let centred = g.then(Pointwise::CUDNN_POINTWISE_SUB, dp, Some(row_sum), scores)?;
     let ds_raw = g.then(Pointwise::CUDNN_POINTWISE_MUL, centred, Some(probabilities), scores)?;
-    let ds = g.then(Pointwise::CUDNN_POINTWISE_MUL, ds_raw, Some(scale), scores.with(Data::CUDNN_DATA_BFLOAT16))?;
+    let ds = g.then(Pointwise::CUDNN_POINTWISE_MUL, ds_raw, Some(scale), scores)?;
     let ds_t = g.seen_as(ds, flipped)?;
     g.product(ds_t, q, dk)?;
     let k_rows = g.seen_as(k, layouts.rows(rows.k)?)?;
