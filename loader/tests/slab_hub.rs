@@ -35,12 +35,14 @@ struct Manners {
     busy: usize,
 }
 
+/// Path and first byte asked for.
+type Request = (String, Option<usize>);
+
 /// A hub with one model.
 struct Hub {
     address: String,
     manners: Arc<Mutex<Manners>>,
-    /// (path, first byte asked for) of every request.
-    requests: Arc<Mutex<Vec<(String, Option<usize>)>>>,
+    requests: Arc<Mutex<Vec<Request>>>,
 }
 
 fn hex(bytes: &[u8]) -> String {
@@ -75,7 +77,7 @@ impl Hub {
         self.requests.lock().unwrap().clear();
     }
 
-    fn requests(&self) -> Vec<(String, Option<usize>)> {
+    fn requests(&self) -> Vec<Request> {
         self.requests.lock().unwrap().clone()
     }
 }
@@ -95,7 +97,7 @@ fn serve(
     stream: TcpStream,
     files: &BTreeMap<String, Vec<u8>>,
     manners: &Mutex<Manners>,
-    requests: &Mutex<Vec<(String, Option<usize>)>>,
+    requests: &Mutex<Vec<Request>>,
 ) -> std::io::Result<()> {
     let mut reader = BufReader::new(stream.try_clone()?);
     let mut first = String::new();

@@ -6,11 +6,13 @@ mod slab_common;
 use std::collections::BTreeMap;
 use std::path::Path;
 
+use serenity_loader::slab_tool::plan::{BLOCK_ALIGN, SlabPlan};
 use serenity_loader::slab_tool::synth::{Preset, Stream, SynthOptions, synth, synth_slab};
 use serenity_loader::slab_tool::verify::verify;
 use serenity_protocol::checkpoint::Checkpoint;
 use serenity_protocol::model_path::{TransformerSource, resolve_path};
 use serenity_protocol::slab::Slab;
+use slab_common::models::{geometry, random_bf16, to_bfl, write_file, write_folder};
 use slab_common::{build_into, golden, process};
 
 fn tiny(folder: &Path, seed: u64) {
@@ -121,4 +123,43 @@ fn presets_have_the_published_sizes() {
         let total: usize = geometry.all_tensors().iter().map(|(_, shape)| shape.iter().product::<usize>()).sum();
         assert_eq!(total, parameters, "{}", preset.name());
     }
+}
+
+/// The files of the real models as they would be built: how many linears, how many bytes, every block on its boundary.
+#[test]
+fn slabs_of_the_real_models_have_the_planned_shape() {
+    for (preset, linears, codes) in
+        [(Preset::Dev, 203, 32_223_264_768u64), (Preset::Klein9b, 153, 9_078_571_008), (Preset::Klein4b, 109, 3_875_536_896)]
+    {
+        let g = preset.transformer();
+        let plan = SlabPlan::new(&g, 64, false).unwrap();
+        assert_eq!(plan.linears.len(), linears, "{}", preset.name());
+        let planned: u64 = plan.linears.iter().map(|(_, l)| (l.packed_shape[0] * l.packed_shape[1]) as u64).sum();
+        // Everything but the norms; no input of these models needs padding.
+        assert_eq!(planned, codes, "{}", preset.name());
+        assert_eq!(plan.block_starts.len(), g.num_blocks() + 1);
+        assert!(plan.block_starts.iter().all(|&t| plan.file.tensors[t].offset.is_multiple_of(BLOCK_ALIGN)));
+        let overhead = plan.file.file_bytes - planned;
+        assert!(overhead < planned / 400, "{overhead} bytes of scales, zero points and gaps");
+    }
+}
+
+/// klein's structure (no guidance embedding, 8 and 24 blocks) at a small width, from checkpoint to verified slab.
+#[test]
+fn a_model_of_kleins_structure_is_built_and_verified() {
+    let folder = tempfile::tempdir().unwrap();
+    let klein = Preset::Klein9b.transformer();
+    let g = geometry(klein.num_layers, klein.num_single_layers, 2, 16, 16, 48);
+    assert_eq!(g.guidance_embeds, klein.guidance_embeds);
+    let tensors = random_bf16(&g);
+    let model = write_folder(&folder.path().join("model"), &g, &tensors);
+    write_file(&folder.path().join("bfl.safetensors"), &to_bfl(&tensors));
+    let (a, b) = (folder.path().join("a"), folder.path().join("b"));
+    let files = build_into(&a, &model).files;
+    let slab = Slab::open(&files.slab, &files.manifest).unwrap();
+    assert_eq!(slab.layers().len(), 153);
+    slab.check_model(&g).unwrap();
+    assert!(verify(&slab, &process()).unwrap().flaws.is_empty());
+    build_into(&b, &folder.path().join("bfl.safetensors"));
+    assert!(all_files(&a) == all_files(&b));
 }
