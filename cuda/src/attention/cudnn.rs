@@ -357,6 +357,11 @@ impl Plan {
         Err(Error::absent("cuDNN has no plan for this attention").cause(refused))
     }
 
+    /// Whether it was made with `library`, whose stream it runs on.
+    pub(super) fn is_of(&self, library: &Arc<Cudnn>) -> bool {
+        Arc::ptr_eq(&self.plan.library, library)
+    }
+
     /// Bytes of workspace that a run needs.
     pub(super) fn workspace_bytes(&self) -> usize {
         self.workspace_bytes

@@ -238,6 +238,14 @@ impl Engines {
         Ok(plan)
     }
 
+    /// A plan runs on the stream of the device object that it was made with, so it must not outlive that.
+    fn check_owner(&self, plan: &Plan) -> Result<()> {
+        match &*self.library.borrow() {
+            Opened::Yes(library) if plan.is_of(library) => Ok(()),
+            _ => Err(Error::invariant("an attention runs on another device than it was made for")),
+        }
+    }
+
     fn say(&self, why: &Error) {
         if !self.said.replace(true) {
             tracing::warn!("attention runs on the own kernels, which are slower: {why}");
@@ -341,6 +349,7 @@ impl Attention {
         match &self.forward {
             Engine::Own(own) => own.forward(gpu, &self.shape, inputs, out, lse),
             Engine::Cudnn(plan, _) => {
+                gpu.attention.check_owner(plan)?;
                 let Inputs { q, k, v } = inputs;
                 let device = |number: i64, mat: Mat| (number, Bound::Device(mat.ptr));
                 let bindings = [
@@ -373,6 +382,7 @@ impl Attention {
         match &self.backward {
             Engine::Own(own) => own.backward(gpu, &self.shape, inputs, (out, lse), gradients, workspace),
             Engine::Cudnn(plan, heads) => {
+                gpu.attention.check_owner(plan)?;
                 let rest = workspace.offset(row_sum_bytes(&self.shape, *heads));
                 for first in (0..self.shape.heads).step_by((*heads).max(1)) {
                     plan.run(&self.backward_bindings(first, inputs, (out, lse), gradients, workspace), rest)?;
