@@ -135,7 +135,8 @@ fn case(check: &mut Check<'_>, shape: AttentionShape, backend: Backend, workspac
     let how = if matches!(backend, Backend::Cudnn) { format!(" ({})", attention.describe()) } else { String::new() };
     let name = format!("{} x {} heads x {} tokens x {}{flag}{how}", shape.batch, shape.heads, shape.tokens, shape.head_dim);
     let f32 = shape.ty == Ty::F32;
-    let (element, norm) = if f32 { (1e-4, 1e-5) } else { (4e-2, 6e-3) };
+    // A single element can be the small difference of large terms, each rounded to bf16; the norm is the tight measure.
+    let (element, norm) = if f32 { (1e-4, 1e-5) } else { (1e-1, 6e-3) };
     let results = [
         ("out", o.out, expected.out),
         ("lse", o.lse, expected.lse),
@@ -161,14 +162,15 @@ fn case(check: &mut Check<'_>, shape: AttentionShape, backend: Backend, workspac
     Ok(())
 }
 
-/// Norm of the difference over the norm of what is expected (at least a hundredth per element), NaN for lengths that differ.
+/// Norm of the difference over the norm of what is expected (at least a tenth per element: gradients that are exactly zero
+/// come out as the rounding of terms of size one), NaN for lengths that differ.
 fn norm_error(got: &[f64], expected: &[f64]) -> f64 {
     if got.len() != expected.len() {
         return f64::NAN;
     }
     let square = |values: &mut dyn Iterator<Item = f64>| values.map(|v| v * v).sum::<f64>();
     let difference = square(&mut got.iter().zip(expected).map(|(g, e)| g - e));
-    let floor = 1e-4 * expected.len() as f64;
+    let floor = 1e-2 * expected.len() as f64;
     (difference / square(&mut expected.iter().copied()).max(floor)).sqrt()
 }
 

@@ -72,7 +72,8 @@ fn gemm_case(check: &mut Check<'_>, kind: Kind, [m, n, k, gap]: [usize; 4], inpu
     let (start, starts) = check.mat(output, m, n, n + gap, &Check::random(3, m * n))?;
     let values = values.iter().zip(&starts).map(|(v, s)| 0.25 * v + s).collect();
     let prepare = |check: &Check<'_>| check.gpu.cast(out, start);
-    check.case_after(format!("{name} beta 1"), limit, &[Expected { mat: out, values }], Work::None, &prepare, &|gpu| {
+    // cuBLASLt may round the product before it adds what was there: two roundings.
+    check.case_after(format!("{name} beta 1"), 2.0 * limit, &[Expected { mat: out, values }], Work::None, &prepare, &|gpu| {
         product(gpu, kind, out, a, b, 0.25, 1.0)
     })
 }

@@ -103,8 +103,8 @@ pub fn sums(check: &mut Check<'_>) -> Result<()> {
             let (b, bv) = check.mat(from, rows, cols, stride, &Check::random(2, rows * cols))?;
             let out = check.poisoned(to, rows, cols, stride)?;
             let sum: Vec<f64> = av.iter().zip(&bv).map(|(a, b)| a - 0.375 * b).collect();
-            // A cast has one right answer.
-            let cast: Vec<f64> = bv.iter().map(|b| if to == Ty::Bf16 { bf16::from_f64(*b).to_f64() } else { *b }).collect();
+            // A cast has one right answer (from_f64 would lose the low bits that decide a near tie).
+            let cast: Vec<f64> = bv.iter().map(|b| if to == Ty::Bf16 { bf16::from_f32(*b as f32).to_f64() } else { *b }).collect();
             let shape = format!("{} <- {} {rows} x {cols} ({stride})", to.name(), from.name());
             let work = |reads: usize| {
                 let bytes = rows * cols * (to.bytes() * reads + from.bytes());
