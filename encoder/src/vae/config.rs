@@ -140,7 +140,11 @@ impl VaeGeometry {
                     .found(format!("{channels:?}")));
             }
         }
-        if !(1..=64).contains(&self.layers_per_block) || !(1..=1 << 12).contains(&self.latent_channels) || !(self.batch_norm_eps > 0.0) {
+        if !(1..=64).contains(&self.layers_per_block)
+            || !(1..=1 << 12).contains(&self.latent_channels)
+            || self.batch_norm_eps.is_nan()
+            || self.batch_norm_eps <= 0.0
+        {
             return Err(Error::data(format!(
                 "layers_per_block {}, latent_channels {} and batch_norm_eps {} must be positive",
                 self.layers_per_block, self.latent_channels, self.batch_norm_eps

@@ -349,3 +349,25 @@ proptest::proptest! {
         let _ = load(CASE_STUDY, &Overrides { set: vec![format!("{key}={value}")], ..Overrides::default() });
     }
 }
+
+#[test]
+fn another_machine_for_the_encoder_is_one_plain_word_after_another() {
+    let with = |section: Value| minimal_with(&json!({ "encoder": section }));
+    assert_eq!(minimal_with(&json!({})).unwrap().encoder, None);
+    let given = with(json!({"host": "user@machine", "port": 2222, "device": "cuda:1", "model_path": "/models/a"})).unwrap().encoder.unwrap();
+    assert_eq!((given.host.as_str(), given.command.as_str(), given.port), ("user@machine", "serenity-encoder", Some(2222)));
+    assert_eq!((given.device, given.model_path.as_deref()), (Some(DeviceKind::Cuda(1)), Some("/models/a")));
+    for bad in [
+        json!({}),
+        json!({"host": "-oProxyCommand=evil"}),
+        json!({"host": "a b"}),
+        json!({"host": ""}),
+        json!({"host": "m", "command": "encoder; rm"}),
+        json!({"host": "m", "command": "encoder --trace x"}),
+        json!({"host": "m", "port": 0}),
+        json!({"host": "m", "identity_file": "a\"b"}),
+        json!({"host": "m", "hots": "x"}),
+    ] {
+        assert_eq!(with(bad.clone()).unwrap_err().exit_code(), 64, "{bad}");
+    }
+}
