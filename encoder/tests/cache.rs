@@ -234,3 +234,42 @@ fn the_folder_is_listed_verified_and_pruned() {
     assert_eq!(list(&config).unwrap().len(), 2);
     assert_eq!(counts(dir.run("cache").unwrap()), (1, 1, 2));
 }
+
+#[test]
+fn fifty_kills_at_random_points_leave_no_corrupt_entry_and_the_same_cache() {
+    const KILLS: usize = 50;
+    let captions: Vec<String> = (0..10).map(|i| format!("a caption that is number {i}")).collect();
+    let dir = Dir::new(&captions.iter().map(String::as_str).collect::<Vec<_>>());
+    dir.run("whole").unwrap();
+    let whole = dir.entries("whole");
+    let config = serde_json::json!({
+        "model": {"path": dir.path("model"), "max_sequence_length": 96},
+        "data": {"concepts": [{"path": dir.path("images")}], "cache_dir": dir.path("cache")},
+        "resolution": 64, "output_dir": dir.path("out"), "train_device": "cpu",
+    });
+    std::fs::write(dir.path("config.json"), config.to_string()).unwrap();
+    let mut state = 0x9e37_79b9_7f4a_7c15_u64;
+    let mut killed_at_work = 0;
+    for _ in 0..KILLS {
+        let mut command = std::process::Command::new(env!("CARGO_BIN_EXE_serenity-encoder"));
+        let mut child = command.arg("--config").arg(dir.path("config.json")).stderr(std::process::Stdio::null()).spawn().unwrap();
+        state = state.wrapping_mul(6_364_136_223_846_793_005).wrapping_add(1_442_695_040_888_963_407);
+        std::thread::sleep(std::time::Duration::from_millis((state >> 33) % 400));
+        killed_at_work += usize::from(child.try_wait().unwrap().is_none());
+        child.kill().unwrap();
+        child.wait().unwrap();
+        // Whatever carries an entry's name is that entry.
+        std::fs::create_dir_all(dir.path("cache")).unwrap();
+        let entries = dir.entries("cache");
+        assert!(entries.iter().all(|(name, bytes)| whole.get(name) == Some(bytes)));
+        if entries.len() == whole.len() {
+            std::fs::remove_dir_all(dir.path("cache")).unwrap();
+        }
+    }
+    assert!(killed_at_work >= KILLS / 4, "only {killed_at_work} of {KILLS} were killed before their end");
+    // The dead one's claims hold nobody up.
+    let started = std::time::Instant::now();
+    dir.run("cache").unwrap();
+    assert!(started.elapsed() < std::time::Duration::from_secs(20));
+    assert!(dir.entries("cache") == whole);
+}
