@@ -6,6 +6,7 @@
 
 pub mod bench;
 pub mod checkpoint;
+pub mod cuda;
 pub mod data;
 pub mod log;
 pub mod lora_file;

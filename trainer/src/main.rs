@@ -9,6 +9,7 @@ use serenity_protocol::config::{Config, OverrideArgs};
 use serenity_protocol::message::Role;
 use serenity_protocol::process::{self, Process};
 use serenity_protocol::{Error, Result};
+use serenity_trainer::cuda::check;
 use serenity_trainer::{bench, open, parity, run};
 
 /// Exit code of a wrong command line.
@@ -42,6 +43,38 @@ enum Command {
     Bench(BenchArgs),
     /// Compute once in float32, with the tensor names of the reference files
     Parity(ParityArgs),
+    /// Check the training step on a CUDA device against the reference and the CPU, and time it
+    GpuCheck(GpuCheckArgs),
+}
+
+#[derive(Args)]
+struct GpuCheckArgs {
+    /// Sections: golden, processor, streamed, timing; all if none is named
+    sections: Vec<String>,
+    /// The reference's folder with `model` and `cases`
+    #[arg(long, default_value = "tests/fixtures/goldens", value_name = "DIR")]
+    goldens: PathBuf,
+    /// The device, in the driver's order
+    #[arg(long, default_value_t = 0)]
+    device: usize,
+    /// A transformer's config.json to time; FLUX.2 [dev] if not given
+    #[arg(long, value_name = "FILE")]
+    geometry: Option<PathBuf>,
+    /// Device memory of the timed run, MiB
+    #[arg(long, default_value_t = 11_468, value_name = "MIB")]
+    budget_mb: usize,
+    /// Pixels of a side of the timed run
+    #[arg(long, default_value_t = 512)]
+    resolution: usize,
+    /// Micro-batches of a timed step
+    #[arg(long, default_value_t = 1)]
+    accumulation: usize,
+    /// Steps to time, after two that warm up
+    #[arg(long, default_value_t = 10, value_name = "N")]
+    steps: usize,
+    /// A JSON object for each line on standard output
+    #[arg(long)]
+    json: bool,
 }
 
 #[derive(Args)]
@@ -113,6 +146,7 @@ fn main() -> ExitCode {
         None => train(&cli.run, process),
         Some(Command::Bench(args)) => run_bench(args, process),
         Some(Command::Parity(args)) => run_parity(args),
+        Some(Command::GpuCheck(args)) => run_gpu_check(args),
     })
 }
 
@@ -135,6 +169,24 @@ fn run_bench(args: &BenchArgs, process: &Process) -> Result<()> {
         println!("{report}");
     }
     Ok(())
+}
+
+fn run_gpu_check(args: &GpuCheckArgs) -> Result<()> {
+    let options = check::Options {
+        goldens: args.goldens.clone(),
+        device: args.device,
+        sections: args.sections.clone(),
+        geometry: args.geometry.clone(),
+        budget_mb: args.budget_mb,
+        resolution: args.resolution,
+        accumulation: args.accumulation,
+        steps: args.steps,
+    };
+    let ok = check::run(&options, &mut |line| {
+        let json = args.json.then(|| serde_json::to_string(line).unwrap_or_default());
+        println!("{}", json.unwrap_or_else(|| line.to_string()));
+    })?;
+    if ok { Ok(()) } else { Err(Error::invariant("the training step on the device failed a check")) }
 }
 
 fn run_parity(args: &ParityArgs) -> Result<()> {

@@ -115,13 +115,13 @@ impl Case {
         Ok(Self { path: path.to_path_buf(), tensors: Checkpoint::open(path)?, metadata: lora_file::metadata_of(path)? })
     }
 
-    fn tensor(&self, name: &str) -> Result<Tensor> {
+    pub(crate) fn tensor(&self, name: &str) -> Result<Tensor> {
         let found = self.tensors.tensor(name)?;
         Tensor::from_vec(found.to_f32()?, found.shape.as_slice(), &Device::Cpu)
             .map_err(|e| tensor_error(&format!("cannot read '{name}' of the case"), e))
     }
 
-    fn vector(&self, name: &str) -> Result<Vec<f32>> {
+    pub(crate) fn vector(&self, name: &str) -> Result<Vec<f32>> {
         let found = self.tensors.tensor(name)?;
         if found.shape.len() != 1 {
             return Err(Error::data(format!("'{name}' of the case must be a vector")).at(&self.path).found(format!("{:?}", found.shape)));
@@ -130,7 +130,7 @@ impl Case {
     }
 
     /// Position ids `[T, 4]`, or `[B, T, 4]` of which the first row counts, as in the reference.
-    fn ids(&self, name: &str) -> Result<Vec<Position>> {
+    pub(crate) fn ids(&self, name: &str) -> Result<Vec<Position>> {
         let found = self.tensors.tensor(name)?;
         let tokens = match found.shape.as_slice() {
             [t, 4] | [_, t, 4] => *t,
@@ -216,7 +216,7 @@ fn lora_step(model: &Flux2, source: &mut CheckpointSource<'_>, case: &Case, grid
 }
 
 /// The flow-matching sample of a case: `noisy = (1 - sigma) x0 + sigma noise`, target `noise - x0`.
-fn training_batch(case: &Case, grid: Option<(usize, usize)>) -> Result<MicroBatch> {
+pub(crate) fn training_batch(case: &Case, grid: Option<(usize, usize)>) -> Result<MicroBatch> {
     let (x0, noise, context, sigma) = (case.tensor("x0")?, case.tensor("noise")?, case.tensor("ctx")?, case.vector("sigma")?);
     let (_, tokens, _) =
         x0.dims3().map_err(|e| Error::data("'x0' of the case must be [batch, tokens, channels]").at(&case.path).cause(e))?;
@@ -281,7 +281,7 @@ fn grid_of(case: &Case, tokens: usize) -> Result<(usize, usize)> {
     Ok((height, width))
 }
 
-fn initial_adapters(case: &Case) -> Result<AdapterSet> {
+pub(crate) fn initial_adapters(case: &Case) -> Result<AdapterSet> {
     let (rank, alpha) = (case.required("rank")?, case.required("alpha")?);
     let names = case.tensors.names().filter_map(|n| n.strip_prefix("init.")?.strip_suffix(".lora_A.weight"));
     let adapters = names
@@ -308,7 +308,7 @@ struct CaseOptimizer {
     max_grad_norm: f64,
 }
 
-fn optimizer(case: &Case) -> Result<OptimizerConfig> {
+pub(crate) fn optimizer(case: &Case) -> Result<OptimizerConfig> {
     let text = case.metadata.get("optimizer").ok_or_else(|| Error::data("the case's metadata has no 'optimizer'").at(&case.path))?;
     let o: CaseOptimizer =
         serde_json::from_str(text).map_err(|e| Error::data("the case's optimiser settings are malformed").at(&case.path).cause(e))?;

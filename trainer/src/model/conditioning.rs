@@ -129,7 +129,7 @@ fn stream(parts: &[Tensor]) -> Result<Option<StreamModulation>> {
 
 /// `[B, channels]` float32: cosines, then sines, of `1000 value * 10000^(-j / half)`. Time stays float32 whatever the compute dtype: bf16
 /// would round it to one of 256 levels.
-fn sinusoid(values: &[f32], channels: usize, device: &Device) -> Result<Tensor> {
+pub fn sinusoid(values: &[f32], channels: usize, device: &Device) -> Result<Tensor> {
     let half = channels / 2;
     let frequencies: Vec<f32> = (0..half).map(|j| exp_as_reference(-LN_10000 * j as f32 / half as f32)).collect();
     let mut data = Vec::with_capacity(values.len() * channels);

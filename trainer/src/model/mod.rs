@@ -21,7 +21,7 @@ mod weights;
 pub use adapter::{Adapter, AdapterGrads, AdapterSet};
 pub use batch::{MicroBatch, StepOutput};
 pub use checkpoint_source::{CheckpointSource, TensorReader};
-pub use conditioning::{Conditioning, Modulation, Positions, StreamModulation};
+pub use conditioning::{Conditioning, Modulation, Positions, StreamModulation, sinusoid};
 pub use double_block::Streams;
 pub use flux2::{Flux2, Hidden, Inputs, Observer};
 pub use other::OtherWeights;

@@ -1,0 +1,208 @@
+//! What a micro-batch conditions every block with, on the device; and the weights outside the blocks that it comes from.
+#![forbid(unsafe_code)]
+
+use std::collections::HashMap;
+
+use candle_core::{DType, Device, Tensor};
+use half::bf16;
+use serenity_cuda::{Gpu, Mat, Ptr, Ty};
+use serenity_protocol::geometry::{BlockId, TransformerGeometry};
+use serenity_protocol::{Error, Result};
+
+use super::linear::Context;
+use super::plan::{Reserve, Shape};
+use crate::model::{OtherWeights, sinusoid, tensor_error};
+
+/// The bytes of a tensor of the CPU in row-major order, as `ty`.
+///
+/// # Errors
+/// [`Error::Invariant`] if it cannot be read.
+pub fn bytes_of(tensor: &Tensor, ty: Ty) -> Result<Vec<u8>> {
+    let read = || -> candle_core::Result<Vec<u8>> {
+        let flat = tensor.to_device(&Device::Cpu)?.flatten_all()?;
+        Ok(match ty {
+            Ty::F32 => flat.to_dtype(DType::F32)?.to_vec1::<f32>()?.iter().flat_map(|v| v.to_le_bytes()).collect(),
+            Ty::Bf16 => flat.to_dtype(DType::BF16)?.to_vec1::<bf16>()?.iter().flat_map(|v| v.to_le_bytes()).collect(),
+        })
+    };
+    read().map_err(|e| tensor_error("a tensor cannot be read", e))
+}
+
+/// The linears outside the blocks and all norm weights, resident on the device.
+#[derive(Debug)]
+pub struct Other {
+    linears: HashMap<String, Mat>,
+    norms: HashMap<String, Ptr>,
+}
+
+impl Other {
+    /// Copies the host's weights.
+    ///
+    /// # Errors
+    /// If there is not so much memory left; the driver's.
+    pub fn upload(gpu: &Gpu, r: &dyn Reserve, g: &TransformerGeometry, ty: Ty, host: &OtherWeights) -> Result<Self> {
+        let mut linears = HashMap::new();
+        for spec in g.other_linears() {
+            let mat = r.mat(ty, spec.out_features, spec.in_features)?;
+            gpu.upload(mat.ptr, &bytes_of(host.linear(&spec.name)?, ty)?)?;
+            linears.insert(spec.name, mat);
+        }
+        let mut norms = HashMap::new();
+        for block in g.blocks() {
+            for norm in g.block_norms(block) {
+                let ptr = r.bytes(4 * g.attention_head_dim)?;
+                gpu.upload(ptr, &bytes_of(host.norm(g, block, norm)?, Ty::F32)?)?;
+                norms.insert(format!("{}.{norm}", g.block_prefix(block)), ptr);
+            }
+        }
+        Ok(Self { linears, norms })
+    }
+
+    /// A linear by its full name without `.weight`.
+    ///
+    /// # Errors
+    /// [`Error::Invariant`] if there is none.
+    pub fn linear(&self, name: &str) -> Result<Mat> {
+        self.linears.get(name).copied().ok_or_else(|| Error::invariant(format!("there is no linear '{name}' outside the blocks")))
+    }
+
+    /// A norm weight of a block.
+    ///
+    /// # Errors
+    /// [`Error::Invariant`] if there is none.
+    pub fn norm(&self, g: &TransformerGeometry, block: BlockId, name: &str) -> Result<Ptr> {
+        let full = format!("{}.{name}", g.block_prefix(block));
+        self.norms.get(&full).copied().ok_or_else(|| Error::invariant(format!("there is no norm '{full}'")))
+    }
+}
+
+/// One modulation set, `[B, D]` float32 each: views of one matrix.
+#[derive(Debug, Clone, Copy)]
+pub struct Modulation {
+    /// Added after the norm.
+    pub shift: Mat,
+    /// Multiplies the norm's result as `1 + scale`.
+    pub scale: Mat,
+    /// Multiplies what is added to the residual stream.
+    pub gate: Mat,
+}
+
+impl Modulation {
+    fn of(all: Mat, first: usize, d: usize) -> Result<Self> {
+        Ok(Self { shift: all.columns(first, d)?, scale: all.columns(first + d, d)?, gate: all.columns(first + 2 * d, d)? })
+    }
+}
+
+/// Modulation of one stream of the double blocks.
+#[derive(Debug, Clone, Copy)]
+pub struct StreamModulation {
+    /// Around attention.
+    pub attention: Modulation,
+    /// Around the feed-forward part.
+    pub mlp: Modulation,
+}
+
+impl StreamModulation {
+    fn of(all: Mat, d: usize) -> Result<Self> {
+        Ok(Self { attention: Modulation::of(all, 0, d)?, mlp: Modulation::of(all, 3 * d, d)? })
+    }
+}
+
+/// Everything that a block needs besides weights and hidden states.
+#[derive(Debug, Clone, Copy)]
+pub struct Conditioning {
+    /// Embedding of time and guidance, `[B, D]`.
+    pub temb: Mat,
+    /// Image stream of the double blocks.
+    pub image: StreamModulation,
+    /// Text stream of the double blocks.
+    pub text: StreamModulation,
+    /// Single blocks.
+    pub single: Modulation,
+    /// Of the final norm, `[B, D]` float32.
+    pub out_scale: Mat,
+    /// Of the final norm, `[B, D]` float32.
+    pub out_shift: Mat,
+    /// Cosines of the joint sequence, `[T, d / 2]` float32.
+    pub cos: Mat,
+    /// Sines of it.
+    pub sin: Mat,
+    space: Space,
+}
+
+#[derive(Debug, Clone, Copy)]
+struct Space {
+    wave: Mat,
+    hidden: Mat,
+    /// Both streams', the single blocks' and the final norm's modulation, float32.
+    sets: [Mat; 4],
+}
+
+impl Conditioning {
+    /// Reserves it.
+    ///
+    /// # Errors
+    /// If there is not so much left.
+    pub fn new(r: &dyn Reserve, g: &TransformerGeometry, s: &Shape) -> Result<Self> {
+        let (b, d) = (s.samples, s.inner);
+        let set = |count: usize| r.mat(Ty::F32, b, count * d);
+        let space = Space {
+            wave: r.mat(s.ty, b, g.timestep_guidance_channels)?,
+            hidden: r.mat(s.ty, b, d)?,
+            sets: [set(6)?, set(6)?, set(3)?, set(2)?],
+        };
+        let [image, text, single, out] = space.sets;
+        let table = || r.mat(Ty::F32, s.tokens(), s.head_dim / 2);
+        Ok(Self {
+            temb: r.mat(s.ty, b, d)?,
+            image: StreamModulation::of(image, d)?,
+            text: StreamModulation::of(text, d)?,
+            single: Modulation::of(single, 0, d)?,
+            // diffusers' order.
+            out_scale: out.columns(0, d)?,
+            out_shift: out.columns(d, d)?,
+            cos: table()?,
+            sin: table()?,
+            space,
+        })
+    }
+
+    /// Computes it. `timestep` and `guidance` have one value a sample; `cos` and `sin` are those of the joint sequence.
+    ///
+    /// # Errors
+    /// The engine's.
+    pub fn fill(
+        &self,
+        c: &Context<'_>,
+        g: &TransformerGeometry,
+        other: &Other,
+        (timestep, guidance): (&[f32], Option<&[f32]>),
+        (cos, sin): (&Tensor, &Tensor),
+    ) -> Result<()> {
+        c.gpu.upload(self.cos.ptr, &bytes_of(cos, Ty::F32)?)?;
+        c.gpu.upload(self.sin.ptr, &bytes_of(sin, Ty::F32)?)?;
+        self.embed(c, g, other, "timestep_embedder", timestep, false)?;
+        if let (true, Some(guidance)) = (g.guidance_embeds, guidance) {
+            self.embed(c, g, other, "guidance_embedder", guidance, true)?;
+        }
+        let names = ["double_stream_modulation_img", "double_stream_modulation_txt", "single_stream_modulation", "norm_out"];
+        c.pass(|gpu| gpu.silu(self.space.hidden, self.temb))?;
+        for (name, set) in names.into_iter().zip(self.space.sets) {
+            let weight = other.linear(&format!("{name}.linear"))?;
+            c.product(|gpu| gpu.gemm_nt(set, self.space.hidden, weight, 1.0, 0.0))?;
+        }
+        Ok(())
+    }
+
+    fn embed(&self, c: &Context<'_>, g: &TransformerGeometry, other: &Other, name: &str, values: &[f32], add: bool) -> Result<()> {
+        // On the host: the waves' last bit counts, and they are few.
+        let waves = sinusoid(values, g.timestep_guidance_channels, &Device::Cpu).map_err(|e| tensor_error("cannot embed the time", e))?;
+        let Space { wave, hidden, .. } = self.space;
+        c.gpu.upload(wave.ptr, &bytes_of(&waves, wave.ty)?)?;
+        let linear = |part: &str| other.linear(&format!("time_guidance_embed.{name}.{part}"));
+        let (first, second) = (linear("linear_1")?, linear("linear_2")?);
+        c.product(|gpu| gpu.gemm_nt(hidden, wave, first, 1.0, 0.0))?;
+        c.pass(|gpu| gpu.silu(hidden, hidden))?;
+        c.product(|gpu| gpu.gemm_nt(self.temb, hidden, second, 1.0, if add { 1.0 } else { 0.0 }))
+    }
+}

@@ -1,0 +1,240 @@
+//! A frozen linear on the device with an optional LoRA branch: [`crate::model::ops::linear`] on the engine.
+//!
+//! The matrix is INT8 with row scales, bf16 or float32. It is brought into the type of the activations and multiplied tile by tile: by rows
+//! forward, by columns backward, so that no tile adds to another's result. The tiles depend on the matrix's shape alone, so that a result does
+//! not depend on the form or place of the weights.
+#![forbid(unsafe_code)]
+
+use serenity_cuda::ops::rows::Int8Rows;
+use serenity_cuda::{Gpu, Mat, Ptr, Ty};
+use serenity_protocol::{Error, Result};
+
+use super::attention::Engines;
+use super::clock::{Clock, Phase};
+
+/// Elements of the largest tile, about: 256 MiB of bf16.
+pub const TILE_ELEMENTS: usize = 1 << 27;
+/// Rows or columns of a tile are a multiple of this.
+const TILE_STEP: usize = 256;
+
+/// What the operations of a visit share.
+#[derive(Debug, Clone, Copy)]
+pub struct Context<'c> {
+    /// The device.
+    pub gpu: &'c Gpu,
+    /// The clock.
+    pub clock: &'c Clock,
+    /// Memory of a tile.
+    pub tile: Ptr,
+    /// Type of the activations.
+    pub ty: Ty,
+    /// Attention for the micro-batch at work.
+    pub attention: Option<&'c Engines>,
+}
+
+impl Context<'_> {
+    /// Queues work of a phase on the compute stream.
+    ///
+    /// # Errors
+    /// Those of `work`.
+    pub fn time<T>(&self, phase: Phase, work: impl FnOnce() -> Result<T>) -> Result<T> {
+        self.clock.on(self.gpu, self.gpu.compute(), phase, work)
+    }
+
+    /// [`Phase::Elementwise`] work.
+    ///
+    /// # Errors
+    /// Those of `work`.
+    pub fn pass(&self, work: impl FnOnce(&Gpu) -> Result<()>) -> Result<()> {
+        self.time(Phase::Elementwise, || work(self.gpu))
+    }
+
+    /// [`Phase::Gemm`] work.
+    ///
+    /// # Errors
+    /// Those of `work`.
+    pub fn product(&self, work: impl FnOnce(&Gpu) -> Result<()>) -> Result<()> {
+        self.time(Phase::Gemm, || work(self.gpu))
+    }
+}
+
+/// A frozen matrix `[out, in]` in device memory.
+#[derive(Debug, Clone, Copy)]
+pub enum Weight {
+    /// bf16 or float32.
+    Dense(Mat),
+    /// Codes and scales; the second field is `in`, without padding.
+    Int8(Int8Rows, usize),
+}
+
+impl Weight {
+    /// `(out, in)`.
+    #[must_use]
+    pub fn shape(&self) -> (usize, usize) {
+        match self {
+            Weight::Dense(mat) => (mat.rows, mat.cols),
+            Weight::Int8(rows, cols) => (rows.rows, *cols),
+        }
+    }
+
+    /// A part of it in the activations' type.
+    fn part(&self, c: &Context<'_>, (first_row, rows): (usize, usize), (first_col, cols): (usize, usize)) -> Result<Mat> {
+        let tile = Mat::new(c.tile, c.ty, rows, cols);
+        match *self {
+            Weight::Dense(mat) => {
+                let part = mat.rows(first_row, rows)?.columns(first_col, cols)?;
+                if part.ty == c.ty {
+                    return Ok(part);
+                }
+                c.time(Phase::Dequantise, || c.gpu.cast(tile, part))?;
+            }
+            Weight::Int8(codes, _) => {
+                let part = Int8Rows {
+                    codes: codes.codes.offset(first_row * codes.padded + first_col),
+                    scales: codes.scales.offset(4 * first_row),
+                    rows,
+                    padded: codes.padded,
+                };
+                c.time(Phase::Dequantise, || c.gpu.dequant_rows(tile, part))?;
+            }
+        }
+        Ok(tile)
+    }
+}
+
+/// Ranges that cut `count` rows of `width` elements (or the other way round) into equal tiles.
+fn tiles(count: usize, width: usize) -> impl Iterator<Item = (usize, usize)> {
+    let pieces = (count * width).div_ceil(TILE_ELEMENTS).max(1);
+    let size = count.div_ceil(pieces).next_multiple_of(TILE_STEP).min(count.max(1));
+    (0..count).step_by(size).map(move |first| (first, size.min(count - first)))
+}
+
+/// Elements of the largest tile that a matrix is cut into.
+#[must_use]
+pub fn largest_tile(out: usize, inner: usize) -> usize {
+    let largest = |count, width| tiles(count, width).map(|(_, size)| size * width).max().unwrap_or(0);
+    largest(out, inner).max(largest(inner, out))
+}
+
+/// The branch of a linear.
+#[derive(Debug, Clone, Copy)]
+pub struct Lora {
+    /// `[r, in]` in the activations' type.
+    pub a: Mat,
+    /// `[out, r]` in the activations' type.
+    pub b: Mat,
+    /// Gradient sum of A, float32.
+    pub da: Mat,
+    /// Gradient sum of B, float32.
+    pub db: Mat,
+    /// `alpha / rank`.
+    pub scale: f32,
+}
+
+/// A linear for the duration of a visit.
+#[derive(Debug, Clone, Copy)]
+pub struct Linear {
+    /// Its matrix.
+    pub weight: Weight,
+    /// Its adapter.
+    pub lora: Option<Lora>,
+}
+
+/// Two matrices `[tokens, r]` for what passes between the halves of a branch.
+#[derive(Debug, Clone, Copy)]
+pub struct Low(pub Mat, pub Mat);
+
+impl Low {
+    fn rows(self, rows: usize) -> Result<Self> {
+        Ok(Self(self.0.rows(0, rows)?, self.1.rows(0, rows)?))
+    }
+}
+
+impl Linear {
+    /// Whether it has an adapter.
+    #[must_use]
+    pub fn adapted(&self) -> bool {
+        self.lora.is_some()
+    }
+
+    /// `y [T, out]` from `x [T, in]`.
+    ///
+    /// # Errors
+    /// [`Error::Invariant`] if the shapes do not fit.
+    pub fn forward(&self, c: &Context<'_>, y: Mat, x: Mat, low: Low) -> Result<()> {
+        let (out, inner) = self.weight.shape();
+        self.check("input", x, x.rows, inner)?;
+        self.check("output", y, x.rows, out)?;
+        for tile in tiles(out, inner) {
+            let weight = self.weight.part(c, tile, (0, inner))?;
+            let y = y.columns(tile.0, tile.1)?;
+            c.product(|gpu| gpu.gemm_nt(y, x, weight, 1.0, 0.0))?;
+        }
+        if let Some(lora) = self.lora {
+            let low = low.rows(x.rows)?;
+            c.product(|gpu| {
+                gpu.gemm_nt(low.0, x, lora.a, lora.scale, 0.0)?;
+                gpu.gemm_nt(y, low.0, lora.b, 1.0, 1.0)
+            })?;
+        }
+        Ok(())
+    }
+
+    /// Adds the adapter's gradients; writes the gradient of `x` to `dx` (or adds it, if `add`). `x` is read only where there is an adapter,
+    /// and before `dx` is written.
+    ///
+    /// # Errors
+    /// [`Error::Invariant`] if the shapes do not fit.
+    pub fn backward(&self, c: &Context<'_>, x: Mat, dy: Mat, dx: Option<Mat>, add: bool, low: Low) -> Result<()> {
+        let (out, inner) = self.weight.shape();
+        self.check("output's gradient", dy, dy.rows, out)?;
+        let low = low.rows(dy.rows)?;
+        if let Some(lora) = self.lora {
+            self.check("input", x, dy.rows, inner)?;
+            c.product(|gpu| {
+                gpu.gemm_nn(low.0, dy, lora.b, lora.scale, 0.0)?;
+                gpu.gemm_nt(low.1, x, lora.a, lora.scale, 0.0)?;
+                gpu.gemm_tn(lora.da, low.0, x, 1.0, 1.0)?;
+                gpu.gemm_tn(lora.db, dy, low.1, 1.0, 1.0)
+            })?;
+        }
+        let Some(dx) = dx else { return Ok(()) };
+        self.check("input's gradient", dx, dy.rows, inner)?;
+        for tile in tiles(inner, out) {
+            let weight = self.weight.part(c, (0, out), tile)?;
+            let dx = dx.columns(tile.0, tile.1)?;
+            c.product(|gpu| gpu.gemm_nn(dx, dy, weight, 1.0, if add { 1.0 } else { 0.0 }))?;
+        }
+        match self.lora {
+            Some(lora) => c.product(|gpu| gpu.gemm_nn(dx, low.0, lora.a, 1.0, 1.0)),
+            None => Ok(()),
+        }
+    }
+
+    fn check(&self, what: &str, mat: Mat, rows: usize, cols: usize) -> Result<()> {
+        if mat.rows == rows && mat.cols == cols {
+            return Ok(());
+        }
+        Err(Error::invariant(format!("a linear's {what} does not fit")).expected(format!("{rows} x {cols}")).found(mat.describe()))
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn tiles_cover_and_stay_small() {
+        for (count, width) in [(55_296, 6144), (6144, 55_296), (6144, 24_576), (24_576, 6144), (1, 1), (257, 100), (36, 1 << 27)] {
+            let mut end = 0;
+            for (first, size) in tiles(count, width) {
+                assert!(first == end && size > 0);
+                assert!(size <= TILE_STEP || size * width <= TILE_ELEMENTS + TILE_STEP * width, "{size} x {width}");
+                end = first + size;
+            }
+            assert_eq!(end, count);
+        }
+        assert_eq!(tiles(6144, 6144).count(), 1);
+        assert_eq!(tiles(55_296, 6144).count(), 3);
+    }
+}

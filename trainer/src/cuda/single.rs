@@ -1,0 +1,141 @@
+//! A visit of a single-stream block; the math is that of the CPU's `single_block`.
+#![forbid(unsafe_code)]
+
+use serenity_cuda::ops::rows::{HeadNorm, HeadStrides, JointHeads, PackedHeads};
+use serenity_cuda::{Mat, Ptr};
+use serenity_protocol::Result;
+
+use super::attention::{self, Heads, Kept};
+use super::conditioning::Conditioning;
+use super::linear::{Context, Linear, Low};
+use super::plan::{Reserve, Shape};
+
+/// The block's weights.
+#[derive(Debug, Clone, Copy)]
+pub struct Weights {
+    /// `attn.to_qkv_mlp_proj`
+    pub project: Linear,
+    /// `attn.to_out`
+    pub out: Linear,
+    /// `attn.norm_q`, float32.
+    pub norm_q: Ptr,
+    /// `attn.norm_k`, float32.
+    pub norm_k: Ptr,
+}
+
+/// Activations of a visit.
+#[derive(Debug, Clone, Copy)]
+pub struct Space {
+    normed: Mat,
+    projected: Mat,
+    heads: Heads,
+    kept: Kept,
+    /// Input of `to_out`: attention, then feed-forward part.
+    joined: Mat,
+    /// Output of `to_out`, its gradient, and the gradient of `normed`, one after the other.
+    out: Mat,
+    low: Low,
+    djoined: Mat,
+    dheads: Heads,
+    dprojected: Mat,
+}
+
+impl Space {
+    /// Reserves it.
+    ///
+    /// # Errors
+    /// If there is not so much left.
+    pub fn new(r: &dyn Reserve, s: &Shape) -> Result<Self> {
+        let (t, d, m) = (s.rows(), s.inner, s.mlp);
+        let mat = |cols: usize| r.mat(s.ty, t, cols);
+        Ok(Self {
+            normed: mat(d)?,
+            projected: mat(3 * d + 2 * m)?,
+            heads: Heads::new(r, s)?,
+            kept: Kept::new(r, s)?,
+            joined: mat(d + m)?,
+            out: mat(d)?,
+            low: Low(mat(s.rank)?, mat(s.rank)?),
+            djoined: mat(d + m)?,
+            dheads: Heads::new(r, s)?,
+            dprojected: mat(3 * d + 2 * m)?,
+        })
+    }
+}
+
+/// The views of a packed projection: queries, keys and values, then gate and value of the feed-forward part.
+fn parts(p: Mat, s: &Shape) -> Result<(PackedHeads, Mat, Mat)> {
+    let (d, m) = (s.inner, s.mlp);
+    let heads = PackedHeads { q: p.columns(0, d)?, k: p.columns(d, d)?, v: p.columns(2 * d, d)? };
+    Ok((heads, p.columns(3 * d, m)?, p.columns(3 * d + m, m)?))
+}
+
+/// The attention's side of `heads`.
+pub(super) fn joint(heads: &Heads, s: &Shape) -> JointHeads {
+    JointHeads { q: heads.q.ptr, k: heads.k.ptr, v: heads.v.ptr, strides: HeadStrides::token_major(s.tokens(), s.heads, s.head_dim) }
+}
+
+impl Weights {
+    fn norm(&self, s: &Shape, cond: &Conditioning) -> HeadNorm {
+        HeadNorm {
+            samples: s.samples,
+            heads: s.heads,
+            head_dim: s.head_dim,
+            first_token: 0,
+            weight_q: self.norm_q,
+            weight_k: self.norm_k,
+            cos: cond.cos,
+            sin: cond.sin,
+            eps: s.eps,
+        }
+    }
+
+    fn up_to_out(&self, c: &Context<'_>, s: &Shape, w: &Space, cond: &Conditioning, h: Mat) -> Result<()> {
+        let m = &cond.single;
+        c.pass(|gpu| gpu.ln_mod(w.normed, h, m.shift, m.scale, s.eps))?;
+        self.project.forward(c, w.projected, w.normed, w.low)?;
+        let (packed, gate, value) = parts(w.projected, s)?;
+        c.pass(|gpu| gpu.qk_norm_rope(joint(&w.heads, s), packed, &self.norm(s, cond)))?;
+        attention::forward(c, w.joined.columns(0, s.inner)?, &w.heads, &w.kept)?;
+        let hidden = w.joined.columns(s.inner, s.mlp)?;
+        c.pass(|gpu| gpu.swiglu(hidden, gate, value))
+    }
+
+    /// `y` from `h`, both `[B T, D]`.
+    ///
+    /// # Errors
+    /// The engine's.
+    pub fn forward(&self, c: &Context<'_>, s: &Shape, w: &Space, cond: &Conditioning, y: Mat, h: Mat) -> Result<()> {
+        self.up_to_out(c, s, w, cond, h)?;
+        self.out.forward(c, w.out, w.joined, w.low)?;
+        c.pass(|gpu| gpu.gated_residual(y, h, cond.single.gate, w.out))
+    }
+
+    /// Adds the adapters' gradients, and turns `dh` from the gradient of the block's output into that of its input `h` if `need_input`.
+    ///
+    /// # Errors
+    /// The engine's.
+    #[allow(clippy::too_many_arguments)] // the state of a visit
+    pub fn backward(&self, c: &Context<'_>, s: &Shape, w: &Space, cond: &Conditioning, dh: Mat, h: Mat, need_input: bool) -> Result<()> {
+        let need_projected = need_input || self.project.adapted();
+        self.up_to_out(c, s, w, cond, h)?;
+        c.pass(|gpu| gpu.gated_residual_bwd(w.out, cond.single.gate, dh))?;
+        self.out.backward(c, w.joined, w.out, need_projected.then_some(w.djoined), false, w.low)?;
+        if !need_projected {
+            return Ok(());
+        }
+        let (dout, out) = (w.djoined.columns(0, s.inner)?, w.joined.columns(0, s.inner)?);
+        attention::backward(c, &w.dheads, dout, out, &w.heads, &w.kept)?;
+        let ((packed, gate, value), (dpacked, dgate, dvalue)) = (parts(w.projected, s)?, parts(w.dprojected, s)?);
+        let dhidden = w.djoined.columns(s.inner, s.mlp)?;
+        c.pass(|gpu| {
+            gpu.qk_norm_rope_bwd(dpacked, joint(&w.dheads, s), packed, &self.norm(s, cond))?;
+            gpu.swiglu_bwd(dgate, dvalue, dhidden, gate, value)
+        })?;
+        self.project.backward(c, w.normed, w.dprojected, need_input.then_some(w.out), false, w.low)?;
+        if !need_input {
+            return Ok(());
+        }
+        c.pass(|gpu| gpu.ln_mod_bwd(dh, Some(dh), w.out, h, cond.single.scale, s.eps))
+    }
+}
