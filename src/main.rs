@@ -19,8 +19,9 @@ use std::time::Instant;
 use clap::Parser;
 use serde_json::json;
 use serenity_protocol::config::{Config, OverrideArgs, Overrides};
+use serenity_protocol::message::Role;
 use serenity_protocol::plan::Plan;
-use serenity_protocol::process::start_logging;
+use serenity_protocol::process::{Process, start_logging};
 use serenity_protocol::{Error, Result, ring};
 use signal_hook::consts::{SIGHUP, SIGINT, SIGTERM};
 
@@ -99,6 +100,8 @@ fn launch(cli: &Cli) -> Result<End> {
 
 fn plan_and_run(cli: &Cli, config: Config, overrides: Overrides, traces: &mut Vec<PathBuf>) -> Result<End> {
     let mut display = Display::new(cli.json, config.log_every_steps);
+    // A hub id that is not in the local cache; until the signal threads run, Ctrl-C ends the process and the next call goes on.
+    serenity_hub::ensure(&config.model.path, serenity_hub::FOLDERS, &Process::detached(Role::Slab))?;
     let plan = plan(&config, &mut display)?;
     let mut launcher = Launcher::new(config, overrides, display, cli.trace.is_some())?;
     watch_signals(&launcher)?;

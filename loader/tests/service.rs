@@ -147,10 +147,8 @@ fn a_new_loader_goes_on_where_a_dead_one_stopped() {
                 };
                 let range = plan.layout.blocks[usize::from(block)].chunk_range(chunk, plan.layout.chunk_bytes);
                 // SAFETY: leased until the release below.
-                assert_eq!(
-                    unsafe { ours.slot_payload(leased.slot, leased.bytes) },
-                    &expected[usize::from(block)][range.start as usize..range.end as usize]
-                );
+                let bytes = unsafe { ours.slot_payload(leased.slot, leased.bytes) };
+                assert_eq!(bytes, &expected[usize::from(block)][range.start as usize..range.end as usize]);
                 ring.release(&leased).unwrap();
                 ours.wake(loader::WAKE);
             }

@@ -1,8 +1,8 @@
 //! Full attention, forward and backward: `out = softmax(scale Q Kᵀ) V` with `scale = 1 / sqrt(head_dim)`, the same function as the CPU model's
 //! `ops::attention`.
 //!
-//! Two engines compute it. cuDNN's fused attention is the fastest there is on NVIDIA's devices ([`graph`] says which graphs, [`cudnn`] how the
-//! library is called); the crate's own kernels ([`fallback`]) need nothing but the driver, take float32 too, and are what runs where cuDNN
+//! Two engines compute it. cuDNN's fused attention is the fastest there is on NVIDIA's devices (`graph` says which graphs, `cudnn` how the
+//! library is called); the crate's own kernels (`fallback`) need nothing but the driver, take float32 too, and are what runs where cuDNN
 //! is absent or refuses. Both save the same log-sum-exp, so that the forward pass of one goes with the backward pass of the other.
 //!
 //! Layout: everything is a matrix with one row per token, samples after each other; head `h` is the columns `[h hd, (h+1) hd)`. Rows may lie apart
