@@ -310,3 +310,72 @@ fn adapter_bytes(need: &Need<'_>) -> Result<usize> {
 pub fn is_double(g: &TransformerGeometry, block: BlockId) -> bool {
     matches!(g.kind(block), BlockKind::Double(_))
 }
+
+#[cfg(test)]
+mod tests {
+    #![allow(clippy::unwrap_used, clippy::expect_used)]
+    use super::*;
+    use crate::cuda::blocks::{Form, Part};
+
+    fn dev() -> TransformerGeometry {
+        let json = r#"{"in_channels": 128, "num_layers": 8, "num_single_layers": 48, "attention_head_dim": 128, "num_attention_heads": 48,
+            "joint_attention_dim": 15360, "axes_dims_rope": [32, 32, 32, 32]}"#;
+        serde_json::from_str(json).unwrap()
+    }
+
+    fn int8(g: &TransformerGeometry) -> Vec<Payload> {
+        let block = |b: BlockId| {
+            let mut end = 0;
+            let mut part = |l: LinearSpec| {
+                let (codes, scales) = (end, end + l.out_features * l.in_features);
+                end = (scales + 4 * l.out_features).next_multiple_of(ALIGNMENT);
+                Part { rows: l.out_features, cols: l.in_features, form: Form::Int8 { codes, scales, padded: l.in_features } }
+            };
+            let parts = g.block_linears(b).into_iter().map(&mut part).collect();
+            Payload { bytes: end, parts }
+        };
+        g.blocks().map(block).collect()
+    }
+
+    fn plan(mib: usize, micro_batches: usize) -> Result<Plan> {
+        let g = dev();
+        let payloads = int8(&g);
+        let targets: Vec<LinearSpec> = g.blocks().flat_map(|b| g.block_linears(b)).filter(|l| l.name.contains(".attn.")).collect();
+        let shape = Shape { workspace: 256 << 20, ..Shape::new(&g, Ty::Bf16, 16, 1, 512, 1024) };
+        Plan::new(&Need {
+            geometry: &g,
+            ty: Ty::Bf16,
+            shapes: &vec![shape; micro_batches],
+            targets: &targets,
+            payloads: &payloads,
+            budget: mib << 20,
+            buffers_min: 2,
+            buffers_max: 3,
+            resident_max: usize::MAX,
+        })
+    }
+
+    #[test]
+    fn more_memory_keeps_more_blocks_and_the_budget_is_never_passed() {
+        let mut before = 0;
+        for gib in [8, 11, 16, 24, 32, 40] {
+            let plan = plan(gib << 10, 1).unwrap();
+            println!("{plan}");
+            assert!(plan.total() <= plan.budget && plan.resident.len() >= before, "{plan}");
+            assert!(plan.buffers >= 2 || plan.resident.len() == 56);
+            before = plan.resident.len();
+        }
+        assert_eq!(before, 56, "40 GiB hold every block");
+    }
+
+    #[test]
+    fn too_little_is_refused_with_the_minimum_which_then_is_enough() {
+        let error = plan(1024, 1).unwrap_err();
+        assert_eq!(error.exit_code(), 64);
+        let text = error.to_string();
+        let minimum: usize = text.split("at least ").nth(1).unwrap().split(' ').next().unwrap().parse().unwrap();
+        println!("{text}");
+        assert!(plan(minimum, 1).is_ok() && plan(minimum - 2, 1).is_err());
+        assert!(plan(minimum, 2).is_err(), "a second micro-batch needs its own block inputs");
+    }
+}

@@ -27,6 +27,7 @@ pub struct Weights {
 #[derive(Debug, Clone, Copy)]
 pub struct Space {
     normed: Mat,
+    /// Queries, keys, values, gate and value; in the backward pass then their gradients.
     projected: Mat,
     heads: Heads,
     kept: Kept,
@@ -37,7 +38,6 @@ pub struct Space {
     low: Low,
     djoined: Mat,
     dheads: Heads,
-    dprojected: Mat,
 }
 
 impl Space {
@@ -58,7 +58,6 @@ impl Space {
             low: Low(mat(s.rank)?, mat(s.rank)?),
             djoined: mat(d + m)?,
             dheads: Heads::new(r, s)?,
-            dprojected: mat(3 * d + 2 * m)?,
         })
     }
 }
@@ -126,13 +125,14 @@ impl Weights {
         }
         let (dout, out) = (w.djoined.columns(0, s.inner)?, w.joined.columns(0, s.inner)?);
         attention::backward(c, &w.dheads, dout, out, &w.heads, &w.kept)?;
-        let ((packed, gate, value), (dpacked, dgate, dvalue)) = (parts(w.projected, s)?, parts(w.dprojected, s)?);
+        // In place: each value's gradient is written by the thread that has read it.
+        let (packed, gate, value) = parts(w.projected, s)?;
         let dhidden = w.djoined.columns(s.inner, s.mlp)?;
         c.pass(|gpu| {
-            gpu.qk_norm_rope_bwd(dpacked, joint(&w.dheads, s), packed, &self.norm(s, cond))?;
-            gpu.swiglu_bwd(dgate, dvalue, dhidden, gate, value)
+            gpu.qk_norm_rope_bwd(packed, joint(&w.dheads, s), packed, &self.norm(s, cond))?;
+            gpu.swiglu_bwd(gate, value, dhidden, gate, value)
         })?;
-        self.project.backward(c, w.normed, w.dprojected, need_input.then_some(w.out), false, w.low)?;
+        self.project.backward(c, w.normed, w.projected, need_input.then_some(w.out), false, w.low)?;
         if !need_input {
             return Ok(());
         }
