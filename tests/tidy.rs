@@ -91,7 +91,8 @@ fn unsafe_code_lives_in_few_files() {
     let mut problems = Vec::new();
     for path in sources().iter().filter(|p| !is_test(p) && !p.ends_with("tidy.rs")) {
         let name = path.strip_prefix(root).unwrap().to_string_lossy().into_owned();
-        let uses = production_lines(path).iter().any(|(_, l)| l.contains("unsafe {") || l.contains("unsafe impl") || l.contains("unsafe fn"));
+        let uses =
+            production_lines(path).iter().any(|(_, l)| l.contains("unsafe {") || l.contains("unsafe impl") || l.contains("unsafe fn"));
         if uses && !ALLOWED.contains(&name.as_str()) {
             problems.push(format!("{name}: unsafe code outside the files that are meant for it"));
         }

@@ -20,7 +20,8 @@ fn setting(name: &str, default: u64) -> u64 {
 
 /// Moments in `0..range` from a seed.
 fn moments(name: &str, range: Duration) -> Vec<Duration> {
-    let mut state = setting("SERENITY_KILL_SEED", 1) ^ name.bytes().fold(0xcbf2_9ce4_8422_2325, |h, b| (h ^ u64::from(b)).wrapping_mul(0x100_0000_01b3));
+    let mut state = setting("SERENITY_KILL_SEED", 1)
+        ^ name.bytes().fold(0xcbf2_9ce4_8422_2325, |h, b| (h ^ u64::from(b)).wrapping_mul(0x100_0000_01b3));
     let mut roll = || {
         state = state.wrapping_mul(6_364_136_223_846_793_005).wrapping_add(1_442_695_040_888_963_407);
         (state >> 33) as f64 / (1u64 << 31) as f64
@@ -67,7 +68,8 @@ fn run_and_kill(lab: &Lab, name: &str, config: &str, program: &str, moment: Dura
 fn kill_child(program: &str, share: f64, own_cache: bool) {
     let lab = Lab::new();
     shared();
-    let change = |name: &str| if own_cache { json!({ "data": { "cache_dir": lab.path().join(format!("cache-{name}")) } }) } else { json!({}) };
+    let change =
+        |name: &str| if own_cache { json!({ "data": { "cache_dir": lab.path().join(format!("cache-{name}")) } }) } else { json!({}) };
     let (reference, time) = undisturbed(&lab, &change("undisturbed"));
     let mut kills = 0;
     for (i, moment) in moments(program, time.mul_f64(share)).into_iter().enumerate() {
@@ -111,9 +113,7 @@ fn killing_the_launcher_leaves_no_orphan_and_the_next_one_resumes() {
         std::thread::sleep(moment);
         kill(running.pid());
         drop(running);
-        wait_for("the children of a dead launcher to end", Duration::from_secs(5), || {
-            processes_with(&config).is_empty().then_some(())
-        });
+        wait_for("the children of a dead launcher to end", Duration::from_secs(5), || processes_with(&config).is_empty().then_some(()));
         lab.run("serenity-launch", &[&config]).expect(0);
         assert!(lab.lora(&name) == reference, "launcher killed {moment:?} after its start: another LoRA");
         lab.assert_nothing_left(Duration::from_secs(5));

@@ -80,7 +80,10 @@ fn the_original_builders_slab_trains() {
     lab.run("serenity-launch", &[&resident]).expect(0);
     assert!(lab.lora("original") == lab.lora("original-resident"));
     // Our own slab of the same model has the same codes, so it trains to the same bytes.
-    let ours = lab.config("ours", &json!({ "model": { "path": goldens.join("model"), "max_sequence_length": 64 }, "max_steps": 3, "validation": { "samples": 1 } }));
+    let ours = lab.config(
+        "ours",
+        &json!({ "model": { "path": goldens.join("model"), "max_sequence_length": 64 }, "max_steps": 3, "validation": { "samples": 1 } }),
+    );
     lab.run("serenity-launch", &[&ours]).expect(0);
     assert!(lab.lora_tensors("original") == lab.lora_tensors("ours"), "the slab that we build trains differently");
 }

@@ -33,7 +33,8 @@ fn the_loader_benches_with_a_null_consumer() {
     let shared = shared();
     for dequant in ["cpu", "gpu"] {
         let (slab, manifest) = (shared.slab.to_str().unwrap(), shared.manifest.to_str().unwrap());
-        let args = ["bench", "--slab", slab, "--manifest", manifest, "--dequant", dequant, "--chunk-mb", "0.25", "--pool-mb", "2", "--json"];
+        let args =
+            ["bench", "--slab", slab, "--manifest", manifest, "--dequant", dequant, "--chunk-mb", "0.25", "--pool-mb", "2", "--json"];
         let done = lab.run("serenity-loader", &args).expect(0);
         let report: Value = serde_json::from_str(done.stdout.trim()).unwrap();
         assert!(report["first_pass_read_rate"].as_f64().unwrap() > 0.0 && report["limit_read_rate"].as_f64().unwrap() > 0.0, "{report}");

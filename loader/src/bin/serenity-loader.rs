@@ -120,9 +120,20 @@ fn run_bench(args: &BenchArgs) -> Result<()> {
         return Ok(());
     }
     let gb = |rate: f64| format!("{:.2} GB/s", rate / 1e9);
-    println!("form {}, {} slots of {:.1} MiB, {} reads", report.form, report.slots, report.chunk_bytes as f64 / 1_048_576.0, if report.direct { "direct" } else { "cached" });
+    println!(
+        "form {}, {} slots of {:.1} MiB, {} reads",
+        report.form,
+        report.slots,
+        report.chunk_bytes as f64 / 1_048_576.0,
+        if report.direct { "direct" } else { "cached" }
+    );
     println!("limits      plain read {}, memcpy {}", gb(report.limit_read_rate), gb(report.limit_memcpy_rate));
-    println!("first pass  slab {}, payload {}, {:.2} of the plain read", gb(report.first_pass_read_rate), gb(report.first_pass_payload_rate), report.ratio_to_read_limit);
+    println!(
+        "first pass  slab {}, payload {}, {:.2} of the plain read",
+        gb(report.first_pass_read_rate),
+        gb(report.first_pass_payload_rate),
+        report.ratio_to_read_limit
+    );
     println!("later       payload {} (median; retained chunks are not read)", gb(report.later_pass_payload_rate));
     println!("consumer waited {:.3} s of {:.3} s", report.consumer_wait_seconds, report.pass_seconds.iter().sum::<f64>());
     Ok(())

@@ -121,7 +121,7 @@ impl SlabFile {
         &self.path
     }
 
-    /// The pages that no range of `needed` touches, as ranges of at most [`READ_BYTES_MAX`]; none for a slab without hashes, where
+    /// The pages that no range of `needed` touches, as ranges of a few MiB; none for a slab without hashes, where
     /// there is nothing to compare them with.
     #[must_use]
     pub fn pages_outside(&self, needed: &[Range<u64>]) -> Vec<Range<u64>> {

@@ -27,7 +27,7 @@ use super::progress::{Progress, joined};
 use super::source::{Batch, SourceReader, element_bytes};
 use super::writer::{FileHashes, FileWriter, check_free_space, publish};
 
-/// Page size of the manifest's hashes for files that have at least [`PAGES_MIN`] such pages.
+/// Page size of the manifest's hashes for files that have at least `PAGES_MIN` such pages.
 pub const PAGE_BYTES: u64 = 1 << 20;
 /// Smaller files get smaller pages, so that a flipped byte is still pinned down.
 const PAGES_MIN: u64 = 16;

@@ -354,7 +354,8 @@ proptest::proptest! {
 fn another_machine_for_the_encoder_is_one_plain_word_after_another() {
     let with = |section: Value| minimal_with(&json!({ "encoder": section }));
     assert_eq!(minimal_with(&json!({})).unwrap().encoder, None);
-    let given = with(json!({"host": "user@machine", "port": 2222, "device": "cuda:1", "model_path": "/models/a"})).unwrap().encoder.unwrap();
+    let given =
+        with(json!({"host": "user@machine", "port": 2222, "device": "cuda:1", "model_path": "/models/a"})).unwrap().encoder.unwrap();
     assert_eq!((given.host.as_str(), given.command.as_str(), given.port), ("user@machine", "serenity-encoder", Some(2222)));
     assert_eq!((given.device, given.model_path.as_deref()), (Some(DeviceKind::Cuda(1)), Some("/models/a")));
     for bad in [

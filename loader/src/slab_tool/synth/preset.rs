@@ -11,13 +11,13 @@ pub enum Preset {
     /// A few hundred thousand parameters, for tests and the quick start
     #[value(name = "tiny")]
     Tiny,
-    /// FLUX.2 [dev]: 32.2 billion parameters
+    /// FLUX.2 (dev): 32.2 billion parameters
     #[value(name = "flux_2_dev")]
     Dev,
-    /// FLUX.2 [klein] 4B
+    /// FLUX.2 (klein) 4B
     #[value(name = "flux_2_klein_4b")]
     Klein4b,
-    /// FLUX.2 [klein] 9B
+    /// FLUX.2 (klein) 9B
     #[value(name = "flux_2_klein_9b")]
     Klein9b,
 }
