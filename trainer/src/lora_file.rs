@@ -41,7 +41,7 @@ pub fn write(path: &Path, adapters: &AdapterSet, extra: &BTreeMap<String, String
     atomic_file::write(path, &safetensors_bytes(&metadata, &tensors)?)
 }
 
-/// Reads a file that [`write`] or diffusers wrote. Without metadata alpha is the rank, as diffusers takes it.
+/// Reads a file that `write` or diffusers wrote. Without metadata alpha is the rank, as diffusers takes it.
 ///
 /// # Errors
 /// [`Error::Data`] for other namings, halves of a pair, or ranks that differ between linears.

@@ -32,7 +32,7 @@ pub fn unit(rng: &mut ChaCha8Rng) -> f64 {
     ((cell + 0.5) * (1.0 / 9_007_199_254_740_992.0)).min(1.0 - f64::EPSILON / 2.0)
 }
 
-/// A standard normal value: the inverse of the normal distribution function at [`unit`], one word each.
+/// A standard normal value: the inverse of the normal distribution function at `unit`, one word each.
 #[must_use]
 pub fn normal(rng: &mut ChaCha8Rng) -> f64 {
     normal_quantile(unit(rng))

@@ -24,7 +24,7 @@ pub fn tn(x: &Tensor, y: &Tensor) -> Result<Tensor> {
     product(&x.t()?, &y)?.to_dtype(DType::F32)
 }
 
-/// Batched product of the last two dimensions, float32 or the operands' dtype as [`product`] says.
+/// Batched product of the last two dimensions, float32 or the operands' dtype as `product` says.
 pub fn batched(x: &Tensor, y: &Tensor) -> Result<Tensor> {
     product(x, y)
 }
