@@ -23,7 +23,7 @@ pub fn write(path: &Path, bytes: &[u8]) -> Result<()> {
     write_with(path, |file| file.write_all(bytes))
 }
 
-/// As [`write`], with the content produced by `fill`.
+/// As `write`, with the content produced by `fill`.
 ///
 /// # Errors
 /// What `fill` returns, or a failure to create, sync or rename.
@@ -46,7 +46,7 @@ pub fn write_with(path: &Path, fill: impl FnOnce(&mut File) -> std::io::Result<(
     })
 }
 
-/// Where [`write`] builds `path`: machine and process id keep two writers of one file apart.
+/// Where `write` builds `path`: machine and process id keep two writers of one file apart.
 #[must_use]
 pub fn temp_path(path: &Path) -> PathBuf {
     let mut name = OsString::from(path.as_os_str());

@@ -1,6 +1,6 @@
 //! The shape of the text encoder, from its `config.json`.
 //!
-//! Two layouts are accepted: the multimodal one (`text_config` inside, as FLUX.2 [dev] ships) and the text-only one. Everything that
+//! Two layouts are accepted: the multimodal one (`text_config` inside, as FLUX.2 (dev) ships) and the text-only one. Everything that
 //! the forward pass needs is read here; what it cannot compute (a sliding window, scaled rotary frequencies, another activation) is
 //! refused rather than ignored.
 #![forbid(unsafe_code)]
