@@ -155,7 +155,7 @@ impl Sshd {
         let this = Self { child, port, folder };
         let begun = Instant::now();
         while TcpStream::connect(("127.0.0.1", port)).is_err() {
-            assert!(begun.elapsed() < Duration::from_secs(10), "{}", std::fs::read_to_string(this.folder.path().join("log")).unwrap());
+            assert!(begun.elapsed() < Duration::from_secs(60), "{}", std::fs::read_to_string(this.folder.path().join("log")).unwrap());
             std::thread::sleep(Duration::from_millis(20));
         }
         Some(this)

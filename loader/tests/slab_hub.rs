@@ -286,12 +286,26 @@ fn a_cut_connection_is_taken_up_where_it_broke() {
     assert_eq!(starts, [0, 40_000, 80_000, 120_000]);
 }
 
+fn wait_until(what: &str, mut there: impl FnMut() -> bool) {
+    let started = std::time::Instant::now();
+    while !there() {
+        assert!(started.elapsed() < Duration::from_secs(120), "{what}: not within two minutes");
+        std::thread::sleep(Duration::from_millis(2));
+    }
+}
+
+/// Bytes of the largest file below a folder; 0 if there is none.
+fn largest_file(folder: &Path) -> u64 {
+    let entries = std::fs::read_dir(folder).into_iter().flatten().flatten().map(|e| e.path());
+    entries.map(|p| if p.is_dir() { largest_file(&p) } else { p.metadata().map_or(0, |m| m.len()) }).max().unwrap_or(0)
+}
+
 #[test]
 fn a_killed_download_goes_on_in_the_next_run() {
     let lab = Lab::new();
-    lab.hub.set(|m| m.slow = Some(200_000));
+    lab.hub.set(|m| m.slow = Some(100_000));
     let mut child = lab.command(&[]).stderr(Stdio::null()).spawn().unwrap();
-    std::thread::sleep(Duration::from_millis(900));
+    wait_until("a part of the model on disk", || largest_file(&lab.cache()) > 20_000);
     child.kill().unwrap();
     child.wait().unwrap();
     assert!(!lab.cache().join("refs/main").exists());
@@ -305,7 +319,7 @@ fn a_killed_download_goes_on_in_the_next_run() {
     std::fs::remove_dir_all(lab.cache()).unwrap();
     lab.hub.set(|m| m.slow = Some(20_000));
     let mut child = lab.command(&[]).stderr(Stdio::null()).spawn().unwrap();
-    std::thread::sleep(Duration::from_millis(500));
+    wait_until("a request for the model", || lab.hub.requests().iter().any(|(p, _)| p.ends_with("model.safetensors")));
     let pid = rustix::process::Pid::from_raw(child.id().try_into().unwrap()).unwrap();
     rustix::process::kill_process(pid, rustix::process::Signal::TERM).unwrap();
     assert_eq!(child.wait().unwrap().code(), Some(75));

@@ -81,7 +81,7 @@ fn kill_child(program: &str, share: f64, own_cache: bool) {
         assert!(lab.lora(&name) == reference, "{program} killed {moment:?} after its start: another LoRA");
         let steps: Vec<u64> = lab.log(&name).iter().filter(|l| l.get("loss").is_some()).map(|l| l["step"].as_u64().unwrap()).collect();
         assert_eq!(steps, (1..=STEPS).collect::<Vec<_>>(), "the log of a resumed run has each step once");
-        lab.assert_nothing_left(Duration::from_secs(5));
+        lab.assert_nothing_left();
     }
     assert!(kills > 0, "no kill hit a running {program}");
 }
@@ -116,7 +116,7 @@ fn killing_the_launcher_leaves_no_orphan_and_the_next_one_resumes() {
         wait_for("the children of a dead launcher to end", Duration::from_secs(5), || processes_with(&config).is_empty().then_some(()));
         lab.run("serenity-launch", &[&config]).expect(0);
         assert!(lab.lora(&name) == reference, "launcher killed {moment:?} after its start: another LoRA");
-        lab.assert_nothing_left(Duration::from_secs(5));
+        lab.assert_nothing_left();
     }
 }
 
@@ -133,7 +133,7 @@ fn everything_killed_at_once_is_resumed() {
     drop(running);
     lab.run("serenity-launch", &[&config]).expect(0);
     assert!(lab.lora("all") == reference);
-    lab.assert_nothing_left(Duration::from_secs(5));
+    lab.assert_nothing_left();
 }
 
 #[test]
@@ -150,8 +150,8 @@ fn an_interrupt_stops_at_a_checkpoint_and_the_same_command_resumes() {
     signal(running.pid(), Signal::SIGINT);
     let stopped = Instant::now();
     running.wait().expect(75);
-    assert!(stopped.elapsed() < Duration::from_secs(10));
-    lab.assert_nothing_left(Duration::from_secs(2));
+    assert!(stopped.elapsed() < Duration::from_secs(30));
+    lab.assert_nothing_left();
     let checkpoints = std::fs::read_dir(lab.output("interrupted").join("checkpoints")).unwrap().count();
     assert_eq!(checkpoints, 1);
     let resumed = lab.run("serenity-launch", &[&config]).expect(0);

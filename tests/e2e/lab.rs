@@ -247,8 +247,9 @@ impl Lab {
         text.lines().map(|l| serde_json::from_str(l).unwrap()).collect()
     }
 
-    /// Panics if a process or a shared segment of this lab is still there after `grace`.
-    pub fn assert_nothing_left(&self, grace: Duration) {
+    /// Panics if a process or a shared segment of this lab stays.
+    pub fn assert_nothing_left(&self) {
+        let grace = Duration::from_secs(30);
         let start = Instant::now();
         loop {
             let (processes, segments) = (processes_with(self.path().to_str().unwrap()), self.segments());

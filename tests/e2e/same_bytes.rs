@@ -1,6 +1,5 @@
 //! However the weights travel, the LoRA is the same, byte for byte.
 
-use std::time::Duration;
 
 use serde_json::{Value, json};
 
@@ -35,7 +34,7 @@ fn streamed_resident_every_form_pool_and_thread_count_give_the_same_lora() {
     for (name, change) in &variants {
         assert!(train(name, change) == reference, "{name} differs");
     }
-    lab.assert_nothing_left(Duration::from_secs(5));
+    lab.assert_nothing_left();
 }
 
 #[test]
