@@ -1,6 +1,5 @@
 //! The README's first command, word for word, in a copy of the repository's relative layout; and the trace of a run.
 
-
 use serde_json::{Value, json};
 
 use crate::lab::Lab;

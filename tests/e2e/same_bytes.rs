@@ -1,6 +1,5 @@
 //! However the weights travel, the LoRA is the same, byte for byte.
 
-
 use serde_json::{Value, json};
 
 use crate::lab::{Lab, program, root, shared};

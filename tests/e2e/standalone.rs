@@ -1,6 +1,5 @@
 //! Each process by itself, from the same configuration.
 
-
 use serde_json::{Value, json};
 
 use crate::lab::{Lab, shared};
