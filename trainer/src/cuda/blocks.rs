@@ -1,9 +1,7 @@
-//! Blocks on their way through the device: buffers in the arena, filled by the copy stream, read by the compute stream, met in events only.
+//! Blocks on their way through the device: slots in the arena, filled by the copy stream, read by the compute stream, met in events only.
 //!
-//! When visits are announced, each gets its buffer at once: the block's own if it stays resident, the one that still holds the block if there
-//! is one, else the one whose content is needed furthest in the future (least recently visited first among those not needed). That decision
-//! looks at the visits alone, never at what happens to be finished, so that the order of loads, which the loader follows, is fixed. A load
-//! begins when the visits to the buffer's old content have been queued; the copy stream then waits for their event, and the host goes on.
+//! [`Assignment`] says when visits are announced which slots each of them uses, and so the order of loads. A load begins when the visits to
+//! the slots' old content have been queued; the copy stream then waits for their events, and the host goes on.
 #![forbid(unsafe_code)]
 
 use std::collections::VecDeque;
@@ -16,6 +14,7 @@ use serenity_protocol::geometry::BlockId;
 use serenity_protocol::slab::layout::{BlockLayout, PartKind};
 use serenity_protocol::{Error, Result};
 
+use super::assignment::{Assignment, Place, Slots};
 use super::clock::{Clock, Phase};
 use super::linear::Weight;
 use super::plan::Plan;
@@ -117,6 +116,9 @@ pub trait Supply {
     }
 }
 
+/// Bytes of one copy from the host: what another stream's copy may have to wait for.
+const HOST_CHUNK_BYTES: usize = 32 << 20;
+
 /// Payloads in page-locked memory of this process, one for each block; blocks may share one.
 #[derive(Debug)]
 pub struct HostSupply {
@@ -141,14 +143,17 @@ impl Supply for HostSupply {
     fn copy(&mut self, gpu: &Gpu, block: BlockId, to: Ptr, done: usize, _wait: bool) -> Result<usize> {
         let payload = self.blocks.get(usize::from(block.0)).filter(|_| self.due.front() == Some(&block));
         let payload = payload.ok_or_else(|| Error::invariant(format!("block {} is not the load that is due", block.0)))?;
-        let bytes = payload.bytes().saturating_sub(done);
+        let left = payload.bytes().saturating_sub(done);
+        let bytes = left.min(HOST_CHUNK_BYTES);
         gpu.copy().copy_in(to.offset(done), payload.as_ref(), done, bytes)?;
-        self.due.pop_front();
+        if bytes == left {
+            self.due.pop_front();
+        }
         Ok(bytes)
     }
 }
 
-/// What the buffers have done.
+/// What the slots have done.
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
 pub struct Stats {
     /// Bytes copied to the device.
@@ -161,9 +166,9 @@ pub struct Stats {
     pub waits: u64,
 }
 
-struct Buffer {
+struct Slot {
     base: Ptr,
-    /// Recorded on the copy stream behind the last copy into it.
+    /// Recorded on the copy stream behind the last copy into a place that begins here.
     ready: Event,
     /// Recorded on the compute stream behind the last use of it.
     used: Event,
@@ -171,82 +176,49 @@ struct Buffer {
 
 struct Load {
     block: BlockId,
-    buffer: usize,
+    place: Place,
     /// Visits that must have been finished before it begins.
     after: u64,
     done: usize,
 }
 
-/// The assignment of visits to buffers, without device.
-#[derive(Debug)]
-struct Assignment {
-    /// For each buffer: the block that alone uses it, what it holds once all loads so far are done, and the number of its last visit.
-    buffers: Vec<(Option<BlockId>, Option<BlockId>, u64)>,
-    /// Visits assigned.
-    count: u64,
-}
-
-impl Assignment {
-    /// The buffer of each visit, and the visits that must be finished before it is loaded (`None`: it is there).
-    fn assign(&mut self, visits: &[BlockId]) -> Result<Vec<(usize, Option<u64>)>> {
-        let mut result = Vec::with_capacity(visits.len());
-        for (i, block) in visits.iter().enumerate() {
-            let own = self.buffers.iter().position(|(owner, _, _)| *owner == Some(*block));
-            let holds = self.buffers.iter().position(|(_, holds, _)| *holds == Some(*block));
-            let next_use = |held: Option<BlockId>| {
-                let rest = visits.get(i + 1..).unwrap_or_default();
-                held.and_then(|b| rest.iter().position(|v| *v == b)).unwrap_or(usize::MAX)
-            };
-            let victim = || {
-                let free = self.buffers.iter().enumerate().filter(|(_, (owner, _, _))| owner.is_none());
-                free.max_by_key(|(_, (_, held, last))| (next_use(*held), std::cmp::Reverse(*last))).map(|(index, _)| index)
-            };
-            let index = holds.or(own).or_else(victim).ok_or_else(|| Error::invariant("there is no buffer for a streamed block"))?;
-            self.count += 1;
-            let buffer = self.buffers.get_mut(index).ok_or_else(|| Error::invariant("a buffer is not there"))?;
-            result.push((index, holds.is_none().then_some(buffer.2)));
-            (buffer.1, buffer.2) = (Some(*block), self.count);
-        }
-        Ok(result)
-    }
-}
-
-/// The block buffers of a run.
+/// The blocks of a run.
 pub struct Blocks {
     payloads: Vec<Payload>,
-    buffers: Vec<Buffer>,
+    slots: Vec<Slot>,
     assignment: Assignment,
-    visits: VecDeque<(BlockId, usize)>,
+    visits: VecDeque<(BlockId, Place)>,
     loads: VecDeque<Load>,
     /// Visits finished.
     finished: u64,
-    open: Option<usize>,
+    open: Option<Place>,
     supply: Box<dyn Supply>,
     stats: Stats,
 }
 
 impl Blocks {
-    /// Reserves the buffers of `plan`.
+    /// Reserves the slots of `plan`.
     ///
     /// # Errors
     /// If there is not so much memory left; the driver's.
     pub fn new(gpu: &Gpu, arena: &Arena, plan: &Plan, payloads: Vec<Payload>, supply: Box<dyn Supply>) -> Result<Self> {
-        let (mut buffers, mut table) = (Vec::new(), Vec::new());
-        let mut take = |bytes: usize, owner: Option<BlockId>| -> Result<()> {
-            let buffer = Buffer { base: arena.reserve(bytes)?, ready: Event::new(gpu.context())?, used: Event::new(gpu.context())? };
-            buffers.push(buffer);
-            table.push((owner, None, 0));
+        let mut slots = Vec::new();
+        let mut slot = |base: Ptr| -> Result<()> {
+            slots.push(Slot { base, ready: Event::new(gpu.context())?, used: Event::new(gpu.context())? });
             Ok(())
         };
         for block in &plan.resident {
             let payload = payloads.get(usize::from(block.0)).ok_or_else(|| Error::invariant("a resident block has no payload"))?;
-            take(payload.bytes, Some(*block))?;
+            slot(arena.reserve(payload.bytes)?)?;
         }
-        (0..plan.buffers).try_for_each(|_| take(plan.buffer, None))?;
+        // Neighbours, for blocks that take more than one.
+        let streaming = arena.reserve(plan.slots * plan.slot)?;
+        (0..plan.slots).try_for_each(|i| slot(streaming.offset(i * plan.slot)))?;
+        let assignment = Assignment::new(&plan.resident, plan.slots, Slots::of(&payloads).spans);
         Ok(Self {
             payloads,
-            buffers,
-            assignment: Assignment { buffers: table, count: 0 },
+            slots,
+            assignment,
             visits: VecDeque::new(),
             loads: VecDeque::new(),
             finished: 0,
@@ -263,14 +235,14 @@ impl Blocks {
     pub fn request(&mut self, visits: &[BlockId]) -> Result<()> {
         let assigned = self.assignment.assign(visits)?;
         let mut announced = Vec::new();
-        for (block, (buffer, load)) in visits.iter().zip(assigned) {
-            self.visits.push_back((*block, buffer));
-            match load {
+        for (block, place) in visits.iter().zip(assigned) {
+            self.visits.push_back((*block, place));
+            match place.load {
                 None => self.stats.hits += 1,
                 Some(after) => {
                     self.stats.loads += 1;
                     announced.push(*block);
-                    self.loads.push_back(Load { block: *block, buffer, after, done: 0 });
+                    self.loads.push_back(Load { block: *block, place, after, done: 0 });
                 }
             }
         }
@@ -282,11 +254,11 @@ impl Blocks {
     /// # Errors
     /// [`Error::Invariant`] if another block is due or the visit before was not finished; the supply's.
     pub fn next(&mut self, gpu: &Gpu, clock: &Clock, block: BlockId) -> Result<Vec<Weight>> {
-        let Some((due, index)) = self.visits.pop_front().filter(|(due, _)| *due == block && self.open.is_none()) else {
+        let Some((due, place)) = self.visits.pop_front().filter(|(due, _)| *due == block && self.open.is_none()) else {
             return Err(Error::invariant(format!("block {} was visited out of order", block.0)));
         };
         let mut waited = false;
-        while self.loads.iter().any(|l| l.buffer == index && l.block == due && l.after <= self.finished) {
+        while self.loads.iter().any(|l| l.place.first == place.first && l.block == due && l.after <= self.finished) {
             waited |= !self.advance(gpu, clock, false)?;
             if waited {
                 self.advance(gpu, clock, true)?;
@@ -294,11 +266,10 @@ impl Blocks {
         }
         self.stats.waits += u64::from(waited);
         self.pump(gpu, clock)?;
-        self.open = Some(index);
-        let missing = || Error::invariant("a block or its buffer is not there");
-        let buffer = self.buffers.get(index).ok_or_else(missing)?;
-        clock.on(gpu, gpu.compute(), Phase::Wait, || gpu.compute().wait(&buffer.ready))?;
-        Ok(self.payloads.get(usize::from(due.0)).ok_or_else(missing)?.weights(buffer.base))
+        self.open = Some(place);
+        let slot = self.slots.get(place.first).ok_or_else(missing)?;
+        clock.on(gpu, gpu.compute(), Phase::Wait, || gpu.compute().wait(&slot.ready))?;
+        Ok(self.payloads.get(usize::from(due.0)).ok_or_else(missing)?.weights(slot.base))
     }
 
     /// Ends the visit: all its work is queued.
@@ -306,10 +277,8 @@ impl Blocks {
     /// # Errors
     /// The supply's and the driver's.
     pub fn finish(&mut self, gpu: &Gpu, clock: &Clock) -> Result<()> {
-        let index = self.open.take().ok_or_else(|| Error::invariant("a visit was finished that was not begun"))?;
-        if let Some(buffer) = self.buffers.get(index) {
-            gpu.compute().record(&buffer.used)?;
-        }
+        let place = self.open.take().ok_or_else(|| Error::invariant("a visit was finished that was not begun"))?;
+        self.slots.iter().skip(place.first).take(place.count).try_for_each(|slot| gpu.compute().record(&slot.used))?;
         self.finished += 1;
         self.pump(gpu, clock)
     }
@@ -327,18 +296,18 @@ impl Blocks {
     /// Moves the load that is due on; false if there is none, its buffer is in use, or (without `wait`) nothing has arrived.
     fn advance(&mut self, gpu: &Gpu, clock: &Clock, wait: bool) -> Result<bool> {
         let Some(load) = self.loads.front_mut().filter(|l| l.after <= self.finished) else { return Ok(false) };
-        let missing = || Error::invariant("a block or its buffer is not there");
-        let buffer = self.buffers.get(load.buffer).ok_or_else(missing)?;
+        let slots = self.slots.get(load.place.first..load.place.first + load.place.count).ok_or_else(missing)?;
+        let first = slots.first().ok_or_else(missing)?;
         let bytes = self.payloads.get(usize::from(load.block.0)).ok_or_else(missing)?.bytes;
         if load.done == 0 {
-            gpu.copy().wait(&buffer.used)?;
+            slots.iter().try_for_each(|slot| gpu.copy().wait(&slot.used))?;
         }
         let (supply, block, done) = (&mut self.supply, load.block, load.done);
-        let queued = clock.on(gpu, gpu.copy(), Phase::Copy, || supply.copy(gpu, block, buffer.base, done, wait))?;
+        let queued = clock.on(gpu, gpu.copy(), Phase::Copy, || supply.copy(gpu, block, first.base, done, wait))?;
         load.done += queued;
         self.stats.bytes += queued as u64;
         if load.done >= bytes {
-            gpu.copy().record(&buffer.ready)?;
+            gpu.copy().record(&first.ready)?;
             self.loads.pop_front();
             return Ok(true);
         }
@@ -352,73 +321,6 @@ impl Blocks {
     }
 }
 
-#[cfg(test)]
-mod tests {
-    #![allow(clippy::unwrap_used, clippy::expect_used)]
-    use super::*;
-
-    fn assignment(owners: &[u16], free: usize) -> Assignment {
-        let owned = owners.iter().map(|b| (Some(BlockId(*b)), None, 0));
-        Assignment { buffers: owned.chain(std::iter::repeat_n((None, None, 0), free)).collect(), count: 0 }
-    }
-
-    fn there_and_back(n: u16) -> Vec<BlockId> {
-        (0..n).chain((0..n - 1).rev()).map(BlockId).collect()
-    }
-
-    /// Plays visits and loads in order and checks that every visit finds its block, and that no load overwrites what a visit still needs.
-    fn loads_of(a: &mut Assignment, visits: &[BlockId], contents: &mut [Option<BlockId>], before: u64) -> usize {
-        let assigned = a.assign(visits).unwrap();
-        let mut loads = 0;
-        for (i, (block, (buffer, load))) in visits.iter().zip(assigned).enumerate() {
-            if let Some(after) = load {
-                assert!(after <= before + i as u64, "a load waits for a visit behind its own");
-                contents[buffer] = Some(*block);
-                loads += 1;
-            }
-            assert_eq!(contents[buffer], Some(*block));
-        }
-        loads
-    }
-
-    #[test]
-    fn every_visit_finds_its_block_and_the_turn_is_reused() {
-        for buffers in 1..6 {
-            let mut a = assignment(&[], buffers);
-            let mut contents = vec![None; buffers];
-            let visits = there_and_back(10);
-            let first = loads_of(&mut a, &visits, &mut contents, 0);
-            // All once, and on the way back all but those that the buffers held at the turn.
-            assert_eq!(first, 10 + 10 - buffers, "{buffers}");
-            let second = loads_of(&mut a, &visits, &mut contents, visits.len() as u64);
-            assert!(second <= first);
-        }
-    }
-
-    #[test]
-    fn resident_blocks_are_loaded_once() {
-        let mut a = assignment(&[1, 4, 7], 2);
-        let mut contents = vec![None; 5];
-        let visits = there_and_back(9);
-        loads_of(&mut a, &visits, &mut contents, 0);
-        let assigned = a.assign(&visits).unwrap();
-        let resident = |b: &BlockId| [1, 4, 7].contains(&b.0);
-        assert!(visits.iter().zip(assigned).filter(|(b, _)| resident(b)).all(|(_, (_, load))| load.is_none()));
-    }
-
-    #[test]
-    fn two_buffers_are_enough_to_load_ahead() {
-        let mut a = assignment(&[], 2);
-        let visits = there_and_back(8);
-        let assigned = a.assign(&visits).unwrap();
-        // The load for visit i (from 0) begins at the latest when visit i - 2 is finished, that is while i - 1 computes.
-        for (i, (_, load)) in assigned.iter().enumerate() {
-            assert!(load.is_none_or(|after| after as usize <= i.saturating_sub(1)), "visit {i}: {load:?}");
-        }
-    }
-
-    #[test]
-    fn streaming_without_buffers_is_refused() {
-        assert!(assignment(&[0], 0).assign(&[BlockId(1)]).is_err());
-    }
+fn missing() -> Error {
+    Error::invariant("a block or its slot is not there")
 }

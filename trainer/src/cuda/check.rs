@@ -23,7 +23,7 @@ use serenity_protocol::slab::quant;
 use serenity_protocol::{Error, Result};
 
 use super::blocks::{Form, HostSupply, Part, Payload};
-use super::plan::{Shape, is_double};
+use super::plan::{Limits, Shape, is_double};
 use super::step::{CudaStep, Parts, Sample, State, read};
 use crate::model::{AdapterSet, CheckpointSource, Flux2, MicroBatch, OtherWeights, tensor_error};
 use crate::optimizer::host;
@@ -208,8 +208,7 @@ struct Setup<'s> {
     adapters: &'s AdapterSet,
     optimizer: &'s OptimizerConfig,
     batches: Vec<(usize, usize, usize)>,
-    buffers: (usize, usize),
-    resident_max: usize,
+    limits: Limits,
 }
 
 fn build(options: &Options, setup: Setup<'_>) -> Result<CudaStep> {
@@ -234,8 +233,7 @@ fn build(options: &Options, setup: Setup<'_>) -> Result<CudaStep> {
         payloads,
         supply: Box::new(HostSupply::new(memory)),
         budget: SMALL_BUDGET,
-        buffers: setup.buffers,
-        resident_max: setup.resident_max,
+        limits: setup.limits,
         timed: false,
     };
     CudaStep::new(gpu, parts)
@@ -267,8 +265,7 @@ fn golden_forward(options: &Options, model: &TransformerSource, emit: &mut dyn F
         adapters: &none,
         optimizer: &optimizer,
         batches: vec![sizes],
-        buffers: (2, 2),
-        resident_max: 0,
+        limits: Limits { buffers: (2, 2), resident_max: 0, ..Limits::default() },
     };
     let mut step = build(options, setup)?;
     emit(holds("plan of the golden model", true, step.plan().to_string()));
@@ -338,8 +335,7 @@ fn golden_step(options: &Options, model: &TransformerSource, emit: &mut dyn FnMu
         adapters: &adapters,
         optimizer: &optimizer,
         batches,
-        buffers: (2, 2),
-        resident_max: 0,
+        limits: Limits { buffers: (2, 2), resident_max: 0, ..Limits::default() },
     };
     let mut step = build(options, setup)?;
     let expected = |name: &str| host(&case.tensor(name)?).map_err(|e| tensor_error("a golden tensor cannot be read", e));
@@ -443,8 +439,7 @@ fn processor(options: &Options, emit: &mut dyn FnMut(Line)) -> Result<()> {
             adapters: &adapters,
             optimizer: &optimizer,
             batches: batches.iter().map(sizes).collect::<Result<_>>()?,
-            buffers: (2, 2),
-            resident_max: 1,
+            limits: Limits { buffers: (2, 2), resident_max: 1, ..Limits::default() },
         };
         let mut step = build(options, setup)?;
         let losses = step.gradients(&batches, &|| false)?;
@@ -499,8 +494,15 @@ fn streamed(options: &Options, emit: &mut dyn FnMut(Line)) -> Result<()> {
     ];
     for (name, kind, buffers, resident_max) in ways {
         let sizes = batches.iter().map(sizes).collect::<Result<_>>()?;
-        let setup =
-            Setup { model: &model, kind, ty: Ty::Bf16, adapters: &adapters, optimizer: &optimizer, batches: sizes, buffers, resident_max };
+        let setup = Setup {
+            model: &model,
+            kind,
+            ty: Ty::Bf16,
+            adapters: &adapters,
+            optimizer: &optimizer,
+            batches: sizes,
+            limits: Limits { buffers, resident_max, ..Limits::default() },
+        };
         let mut step = build(options, setup)?;
         for number in 1..=20u32 {
             step.gradients(&batches, &|| false)?;
@@ -602,8 +604,7 @@ fn timing(options: &Options, emit: &mut dyn FnMut(Line)) -> Result<()> {
         payloads,
         supply: Box::new(HostSupply::new(memory)),
         budget: options.budget_mb << 20,
-        buffers: (2, 3),
-        resident_max: usize::MAX,
+        limits: Limits::default(),
         timed: false,
     };
     let mut step = CudaStep::new(gpu, parts)?;

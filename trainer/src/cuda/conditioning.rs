@@ -13,7 +13,7 @@ use super::linear::Context;
 use super::plan::{Reserve, Shape};
 use crate::model::{OtherWeights, sinusoid, tensor_error};
 
-/// The bytes of a tensor of the CPU in row-major order, as `ty`.
+/// The bytes of a tensor of the CPU in row-major order, as `ty`, little endian as every host of such a device.
 ///
 /// # Errors
 /// [`Error::Invariant`] if it cannot be read.
@@ -21,8 +21,8 @@ pub fn bytes_of(tensor: &Tensor, ty: Ty) -> Result<Vec<u8>> {
     let read = || -> candle_core::Result<Vec<u8>> {
         let flat = tensor.to_device(&Device::Cpu)?.flatten_all()?;
         Ok(match ty {
-            Ty::F32 => flat.to_dtype(DType::F32)?.to_vec1::<f32>()?.iter().flat_map(|v| v.to_le_bytes()).collect(),
-            Ty::Bf16 => flat.to_dtype(DType::BF16)?.to_vec1::<bf16>()?.iter().flat_map(|v| v.to_le_bytes()).collect(),
+            Ty::F32 => bytemuck::cast_slice(&flat.to_dtype(DType::F32)?.to_vec1::<f32>()?).to_vec(),
+            Ty::Bf16 => bytemuck::cast_slice(&flat.to_dtype(DType::BF16)?.to_vec1::<bf16>()?).to_vec(),
         })
     };
     read().map_err(|e| tensor_error("a tensor cannot be read", e))

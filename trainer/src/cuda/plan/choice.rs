@@ -1,0 +1,100 @@
+//! How the memory that may vary is shared out: slots for streaming, resident blocks, block inputs on the device or on the host.
+//!
+//! There are few sensible possibilities; each is filled up with resident blocks and played through [`Forecast`], and the fastest is taken.
+//! Where possibilities are equal the simplest is (fewest states on the host, fewest slots). Nothing here changes a result of training.
+#![forbid(unsafe_code)]
+
+use serenity_cuda::arena::ALIGNMENT;
+use serenity_protocol::{Error, Result};
+
+use super::{Forecast, Need, Plan};
+use crate::cuda::assignment::Slots;
+use crate::cuda::inputs::Turns;
+
+/// A possibility must be better by this part to be worth more than a simpler one.
+const WORTH: f64 = 0.002;
+
+/// The fastest plan with the parts that are `fixed`.
+///
+/// # Errors
+/// [`Error::Config`] if none fits.
+pub(super) fn choose(fixed: &Plan, need: &Need<'_>) -> Result<Plan> {
+    let (mut best, mut least): (Option<Plan>, Option<Plan>) = (None, None);
+    for turns in possible_turns(need) {
+        let (step, host) = Plan::step_bytes(need, turns)?;
+        if host > need.limits.host_max {
+            continue;
+        }
+        let base = Plan { step, host, turns, ..fixed.clone() };
+        for mut plan in possible_slots(&base, need) {
+            if plan.total() > need.budget {
+                if least.as_ref().is_none_or(|l| plan.total() < l.total()) {
+                    least = Some(plan);
+                }
+                continue;
+            }
+            fill(&mut plan, need);
+            plan.forecast = Forecast::of(&plan, need, &need.limits.rates)?;
+            if best.as_ref().is_none_or(|b| plan.forecast.seconds < b.forecast.seconds * (1.0 - WORTH)) {
+                best = Some(plan);
+            }
+        }
+    }
+    let too_small = || {
+        let (minimum, plan) = least.map_or((String::new(), String::new()), |p| (p.total().div_ceil(1 << 20).to_string(), p.to_string()));
+        Error::config("the device memory allowed for training is too small")
+            .expected(format!("at least {minimum} MiB"))
+            .found(format!("{} MiB\n{plan}", need.budget >> 20))
+            .advice("raise memory.stagehand.vram_high_watermark_mb, or lower resolution, batch_size or gradient_accumulation_steps")
+    };
+    best.ok_or_else(too_small)
+}
+
+/// Ways to keep block inputs, simplest first.
+fn possible_turns(need: &Need<'_>) -> Vec<Turns> {
+    if let Some(turns) = need.limits.turns {
+        return vec![turns];
+    }
+    let states = need.geometry.num_blocks() + 1;
+    // A fetch has the visits of one matrix less than there are to be done. Visits of several micro-batches are long.
+    let count = if need.shapes.len() > 2 { 2 } else { 4 };
+    let mut all = vec![Turns::none()];
+    for turns in [Turns::new(states / 4, count), Turns::new(states / 2, count), Turns::new(states, count), Turns::new(states, 2)] {
+        if !all.contains(&turns) {
+            all.push(turns);
+        }
+    }
+    all
+}
+
+/// The same plan with all blocks resident if they fit, and with each sensible number of slots.
+fn possible_slots(base: &Plan, need: &Need<'_>) -> Vec<Plan> {
+    let all: usize = need.payloads.iter().map(|p| p.bytes.next_multiple_of(ALIGNMENT)).sum();
+    if need.limits.resident_max >= need.payloads.len() && base.total() + all <= need.budget {
+        return vec![Plan { resident: need.geometry.blocks().collect(), resident_bytes: all, ..base.clone() }];
+    }
+    let largest = Slots::of(need.payloads).largest();
+    let total: usize = Slots::of(need.payloads).spans.iter().sum();
+    let fewest = (need.limits.buffers.0.max(1) * largest).min(total);
+    let most = (need.limits.buffers.1 * largest).clamp(fewest, total.max(fewest));
+    (fewest..=most).map(|slots| Plan { slots, ..base.clone() }).collect()
+}
+
+/// Blocks stay on the device as far as the budget goes, spread evenly over the model.
+fn fill(plan: &mut Plan, need: &Need<'_>) {
+    if plan.resident.len() == need.payloads.len() {
+        return;
+    }
+    let all: usize = need.payloads.iter().map(|p| p.bytes.next_multiple_of(ALIGNMENT)).sum();
+    let wanted = (need.budget - plan.total()) as f64 / all.max(1) as f64;
+    let mut share = 0.0;
+    for (block, payload) in need.geometry.blocks().zip(need.payloads) {
+        let bytes = payload.bytes.next_multiple_of(ALIGNMENT);
+        share += wanted * bytes as f64;
+        if share >= bytes as f64 && plan.total() + bytes <= need.budget && plan.resident.len() < need.limits.resident_max {
+            share -= bytes as f64;
+            plan.resident.push(block);
+            plan.resident_bytes += bytes;
+        }
+    }
+}

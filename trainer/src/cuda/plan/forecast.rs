@@ -1,0 +1,195 @@
+//! What a step with a plan is expected to take: visits and loads played through the very assignment of slots that the step will use.
+//!
+//! A visit costs its products and attention at the rate of the matrix products, and what passes through device memory (dequantisation,
+//! elementwise work) at the rate of that. A load begins when the bus is free and the visits to its slots' old content are over; a visit begins
+//! when the one before is over and its block is there.
+#![forbid(unsafe_code)]
+
+use std::fmt;
+
+use serde::Serialize;
+use serenity_protocol::geometry::BlockId;
+use serenity_protocol::{Error, Result};
+
+use super::{Need, Plan, Shape, is_double};
+use crate::cuda::assignment::{Assignment, Slots};
+use crate::cuda::blocks::{Form, Payload};
+
+/// What a device does in a second.
+#[derive(Debug, Clone, Copy, PartialEq, Serialize)]
+pub struct Rates {
+    /// Operations of matrix products.
+    pub flops: f64,
+    /// Bytes read and written in its memory.
+    pub memory: f64,
+    /// Bytes from the host.
+    pub bus: f64,
+}
+
+impl Default for Rates {
+    /// Those of an H100 on PCIe 5; what matters to a plan is how they compare with each other.
+    fn default() -> Self {
+        Self { flops: 750e12, memory: 2.7e12, bus: 50e9 }
+    }
+}
+
+/// Passes over hidden states in a block's forward pass, counted in hidden states read or written: 32 ms of elementwise work were measured
+/// in a step of FLUX.2 [dev] with 1536 tokens at 2.7 TB/s.
+const STATES_PER_PASS: f64 = 27.0;
+/// Between two steps: the optimiser's launches and the host's way from one step to the next.
+const BETWEEN_SECONDS: f64 = 0.003;
+
+/// Expected figures of a step.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Serialize)]
+pub struct Forecast {
+    /// Seconds from one step to the next.
+    pub seconds: f64,
+    /// The larger of what products take and what the bus takes.
+    pub floor: f64,
+    /// Operations of products and attention.
+    pub flops: f64,
+    /// Bytes from the host.
+    pub bytes: f64,
+    /// Bytes of the arena.
+    pub device_bytes: usize,
+    /// Page-locked bytes of the host for block inputs.
+    pub host_bytes: usize,
+}
+
+impl fmt::Display for Forecast {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "expected {:.3} s a step, {:.1} TFLOP and {:.2} GB from the host", self.seconds, self.flops / 1e12, self.bytes / 1e9)
+    }
+}
+
+/// What a part of a visit asks of the device.
+#[derive(Debug, Clone, Copy, Default)]
+struct Work {
+    flops: f64,
+    traffic: f64,
+}
+
+impl std::ops::Add for Work {
+    type Output = Self;
+
+    fn add(self, other: Self) -> Self {
+        Self { flops: self.flops + other.flops, traffic: self.traffic + other.traffic }
+    }
+}
+
+impl Work {
+    fn seconds(self, rates: &Rates) -> f64 {
+        self.flops / rates.flops + self.traffic / rates.memory
+    }
+
+    /// One pass through a block and its attention, `attention` times as much as forward.
+    fn pass(s: &Shape, payload: &Payload, double: bool, attention: f64) -> Self {
+        let weights: f64 = payload.parts.iter().map(|p| (p.rows * p.cols) as f64).sum();
+        let coded: f64 = payload.parts.iter().filter(|p| matches!(p.form, Form::Int8 { .. })).map(|p| (p.rows * p.cols) as f64).sum();
+        // Half the matrices of a double block see the image's tokens, half the text's.
+        let linears = 2.0 * weights * s.rows() as f64 / if double { 2.0 } else { 1.0 };
+        let scores = 4.0 * (s.samples * s.tokens() * s.tokens() * s.inner) as f64;
+        Self {
+            flops: linears + attention * scores,
+            // A code read, a number of the activations' type written.
+            traffic: coded * (1 + s.ty.bytes()) as f64 + STATES_PER_PASS * s.state_bytes() as f64,
+        }
+    }
+}
+
+impl Forecast {
+    pub(super) fn of(plan: &Plan, need: &Need<'_>, rates: &Rates) -> Result<Self> {
+        let blocks: Vec<BlockId> = need.geometry.blocks().collect();
+        let adapted = |b: &BlockId| {
+            let prefix = format!("{}.", need.geometry.block_prefix(*b));
+            need.targets.iter().any(|t| t.name.starts_with(&prefix))
+        };
+        let first = blocks.iter().position(adapted).unwrap_or(blocks.len());
+        let mut back: Vec<BlockId> = blocks.iter().skip(first).rev().copied().collect();
+        let mut assignment = Assignment::new(&plan.resident, plan.slots, Slots::of(need.payloads).spans);
+        let mut clock = Timeline { rates, bus: 0.0, compute: 0.0, done: vec![0.0], moved: 0.0 };
+        let turned = !back.is_empty();
+        if turned {
+            back.remove(0);
+        }
+        let (mut previous, mut result) = (0.0, Self::default());
+        for _ in 0..2 {
+            clock.moved = 0.0;
+            let visits: Vec<BlockId> = blocks.iter().chain(&back).copied().collect();
+            let places = assignment.assign(&visits)?;
+            let mut flops = 0.0;
+            for (i, (block, place)) in visits.iter().zip(places).enumerate() {
+                let forward = i < blocks.len();
+                let work = visit(plan, need, *block, forward, !forward || (turned && i + 1 == blocks.len()))?;
+                flops += work.flops;
+                let fetched = if !forward && usize::from(block.0) < plan.turns.saved() { states(need) } else { 0.0 };
+                let payload = need.payloads.get(usize::from(block.0)).map_or(0, |p| p.bytes);
+                clock.visit(place.load, payload as f64, fetched, work)?;
+            }
+            clock.compute += 2.0 * plan.adapters as f64 / rates.memory + BETWEEN_SECONDS;
+            let products = flops / rates.flops;
+            let floor = products.max(clock.moved / rates.bus);
+            result = Self {
+                seconds: clock.compute - previous,
+                floor,
+                flops,
+                bytes: clock.moved,
+                device_bytes: plan.total(),
+                host_bytes: plan.host,
+            };
+            previous = clock.compute;
+        }
+        Ok(result)
+    }
+}
+
+/// Bytes of one state of all micro-batches.
+fn states(need: &Need<'_>) -> f64 {
+    need.shapes.iter().map(|s| s.state_bytes() as f64).sum()
+}
+
+fn visit(plan: &Plan, need: &Need<'_>, block: BlockId, forward: bool, backward: bool) -> Result<Work> {
+    let payload = need.payloads.get(usize::from(block.0)).ok_or_else(|| Error::invariant("a block has no payload"))?;
+    let double = is_double(need.geometry, block);
+    let mut work = Work::default();
+    for shape in need.shapes {
+        if forward {
+            work = work + Work::pass(shape, payload, double, 1.0);
+        }
+        if backward {
+            if !plan.kept.contains(&block) {
+                work = work + Work::pass(shape, payload, double, 1.0);
+            }
+            work = work + Work::pass(shape, payload, double, 2.5);
+        }
+    }
+    Ok(work)
+}
+
+struct Timeline<'r> {
+    rates: &'r Rates,
+    /// When the bus and the compute stream are free.
+    bus: f64,
+    compute: f64,
+    /// When so many visits are over.
+    done: Vec<f64>,
+    moved: f64,
+}
+
+impl Timeline<'_> {
+    fn visit(&mut self, load: Option<u64>, bytes: f64, fetched: f64, work: Work) -> Result<()> {
+        let mut ready = 0.0;
+        if let Some(after) = load {
+            let after = usize::try_from(after).ok().and_then(|a| self.done.get(a)).copied();
+            let free = after.ok_or_else(|| Error::invariant("a load waits for a visit to come"))?;
+            self.bus = self.bus.max(free) + bytes / self.rates.bus;
+            self.moved += bytes;
+            ready = self.bus;
+        }
+        self.bus += fetched / self.rates.bus;
+        self.moved += fetched;
+        self.compute = self.compute.max(ready) + work.seconds(self.rates);
+        self.done.push(self.compute);
+        Ok(())
+    }
+}
