@@ -7,8 +7,8 @@ use std::collections::BTreeMap;
 use std::path::Path;
 
 use serenity_loader::slab_tool::plan::{BLOCK_ALIGN, SlabPlan};
-use serenity_loader::slab_tool::synth::{Preset, Stream, SynthOptions, synth, synth_slab};
-use serenity_loader::slab_tool::verify::verify;
+use serenity_loader::slab_tool::synth::{Division, Preset, Stream, SynthOptions, synth, synth_slab, synth_slab_with};
+use serenity_loader::slab_tool::verify::{verify, verify_with};
 use serenity_protocol::checkpoint::Checkpoint;
 use serenity_protocol::model_path::{TransformerSource, resolve_path};
 use serenity_protocol::slab::Slab;
@@ -107,11 +107,26 @@ fn weights_have_the_mean_and_spread_that_was_asked_for() {
 #[test]
 fn a_stream_can_be_drawn_from_anywhere() {
     let stream = Stream::new(7, "a tensor");
-    let whole = stream.f32_bytes(0, 200_000, 0.5, 2.0);
-    assert!(whole[4 * 70_001..4 * 70_011] == stream.f32_bytes(70_001, 10, 0.5, 2.0)[..]);
-    assert!(whole != Stream::new(7, "another tensor").f32_bytes(0, 200_000, 0.5, 2.0));
-    let codes = stream.code_bytes(0, 1 << 16);
-    assert!(!codes.contains(&0x80) && codes[800..1600] == stream.code_bytes(800, 800)[..]);
+    let drawn = |fill: &dyn Fn(u64, &mut [u8]), at: u64, length: usize| {
+        let mut bytes = vec![0x55; length];
+        fill(at, &mut bytes);
+        bytes
+    };
+    let other = Stream::new(7, "another tensor");
+    let fills: [(&str, &dyn Fn(u64, &mut [u8])); 3] = [
+        ("f32", &|at, out: &mut [u8]| stream.fill_f32(at, out, 0.5, 2.0)),
+        ("bf16", &|at, out: &mut [u8]| stream.fill_bf16(at, out, 0.5, 2.0)),
+        ("codes", &|at, out: &mut [u8]| stream.fill_codes(at, out)),
+    ];
+    for (name, fill) in fills {
+        let whole = drawn(fill, 0, 10_000);
+        // In the middle of an element, within one element, and none at all.
+        for (at, length) in [(0, 10_000), (800, 800), (4001, 999), (4002, 5), (4003, 1), (4005, 2), (7777, 0), (8000, 3)] {
+            assert!(whole[at..at + length] == drawn(fill, at as u64, length)[..], "{name} from {at}, {length} bytes");
+        }
+    }
+    assert!(!drawn(fills[2].1, 0, 1 << 16).contains(&0x80));
+    assert!(drawn(fills[0].1, 0, 4000) != drawn(&|at, out: &mut [u8]| other.fill_f32(at, out, 0.5, 2.0), 0, 4000));
 }
 
 /// Sizes as published for the real models.
@@ -162,4 +177,23 @@ fn a_model_of_kleins_structure_is_built_and_verified() {
     assert!(verify(&slab, &process()).unwrap().flaws.is_empty());
     build_into(&b, &folder.path().join("bfl.safetensors"));
     assert!(all_files(&a) == all_files(&b));
+}
+
+/// Threads, pieces and units of any size write the same slab, and find it intact.
+#[test]
+fn a_slab_is_the_same_however_the_work_is_divided() {
+    let folder = tempfile::tempdir().unwrap();
+    let make = |name: &str, workers, unit_bytes, piece_bytes| {
+        let division = Division { workers, unit_bytes, piece_bytes };
+        std::fs::create_dir(folder.path().join(name)).unwrap();
+        let (files, _) = synth_slab_with(Preset::Tiny, &folder.path().join(name).join("s"), 3, division, &process()).unwrap();
+        let slab = Slab::open(&files.slab, &files.manifest).unwrap();
+        let verified = verify_with(&slab, division, true, &process()).unwrap();
+        assert!(verified.report.flaws.is_empty(), "{:?}", verified.report.flaws);
+        assert!(verified.rate.bytes == verified.plain_read.unwrap().bytes && verified.ratio.unwrap() > 0.0);
+        all_files(&folder.path().join(name))
+    };
+    let one = make("one", 1, u64::MAX >> 1, 1 << 20);
+    assert!(one == make("many", 7, 1, 4096));
+    assert!(one == make("some", 3, 20_000, 1 << 16));
 }

@@ -88,6 +88,9 @@ struct SlabArgs {
 struct VerifyArgs {
     #[command(flatten)]
     slab: SlabArgs,
+    /// Make the same reads again without looking at the bytes, and report the ratio of the rates
+    #[arg(long)]
+    compare: bool,
     /// Print the result as JSON
     #[arg(long)]
     json: bool,
@@ -200,26 +203,30 @@ fn built(report: &BuildReport, json: bool, process: &Process) -> Result<()> {
 
 fn run_verify(args: VerifyArgs, process: &Process) -> Result<()> {
     let slab = open(&args.slab)?;
-    let report = verify::verify(&slab, process)?;
+    let verified = verify::verify_with(&slab, verify::Division::default(), args.compare, process)?;
     if args.json {
-        print_json(&report)?;
+        print_json(&verified)?;
     }
-    let report = report.into_result()?;
-    if !args.json {
+    let report = verified.report.into_result()?;
+    if args.json {
+        return Ok(());
+    }
+    println!("{}: intact, {} bytes, {} pages and {} tensors compared", slab.path().display(), report.bytes, report.pages, report.tensors);
+    if !report.has_checksums {
         println!(
-            "{}: intact, {} bytes, {} pages and {} tensors compared",
-            slab.path().display(),
-            report.bytes,
-            report.pages,
-            report.tensors
+            "  it carries no checksums (the original builder's): structure, scales and the range of the codes are all that was checked"
         );
-        if !report.has_checksums {
-            println!(
-                "  it carries no checksums (the original builder's): structure, scales and the range of the codes are all that was checked"
-            );
-        }
+    }
+    println!("  {}", rate_row("read and compared", &verified.rate));
+    if let (Some(plain), Some(ratio)) = (verified.plain_read, verified.ratio) {
+        println!("  {}; verification runs at {:.0} % of that", rate_row("the same reads alone", &plain), ratio * 100.0);
     }
     Ok(())
+}
+
+fn rate_row(what: &str, rate: &verify::Rate) -> String {
+    let how = if rate.direct { "past the page cache" } else { "through the page cache" };
+    format!("{what} in {:.2} s: {:.2} GB/s, {} threads, {how}", rate.seconds, rate.bytes_per_second / 1e9, rate.threads)
 }
 
 fn run_info(args: InfoArgs, process: &Process) -> Result<()> {

@@ -5,13 +5,11 @@
 //! (`PREFIX.build.partial`) says how far they go; a build that was killed goes on there and ends with the same bytes. The order at
 //! the end is slab, companion, manifest: a manifest on the disk means that everything it names is whole.
 
-use std::fs::File;
-use std::path::{Path, PathBuf};
+use std::path::PathBuf;
 use std::sync::mpsc::{Receiver, SyncSender, sync_channel};
 use std::time::Instant;
 
 use rayon::prelude::*;
-use safetensors::Dtype;
 use serde::{Deserialize, Serialize};
 use serenity_protocol::geometry::TransformerGeometry;
 use serenity_protocol::model_path::{TransformerSource, resolve_path};
@@ -22,15 +20,13 @@ use serenity_protocol::{Error, Result, atomic_file};
 use xxhash_rust::xxh3::Xxh3;
 
 use super::companion::{self, CompanionPlan};
+pub use super::files::{PAGE_BYTES, SlabFiles, page_bytes_for};
+use super::files::{finish, lock, not_finite};
 use super::plan::{Content, SlabPlan};
 use super::progress::{Progress, joined};
 use super::source::{Batch, SourceReader, element_bytes};
-use super::writer::{FileHashes, FileWriter, check_free_space, publish};
+use super::writer::{FileHashes, FileWriter, check_free_space};
 
-/// Page size of the manifest's hashes for files that have at least `PAGES_MIN` such pages.
-pub const PAGE_BYTES: u64 = 1 << 20;
-/// Smaller files get smaller pages, so that a flipped byte is still pinned down.
-const PAGES_MIN: u64 = 16;
 /// Bytes between two entries in the journal.
 pub const JOURNAL_BYTES: u64 = 64 << 20;
 /// Batches between two stages.
@@ -71,52 +67,6 @@ impl BuildOptions {
     }
 }
 
-/// The files of a slab.
-#[derive(Debug, Clone, PartialEq, Eq)]
-pub struct SlabFiles {
-    /// `PREFIX.safetensors`
-    pub slab: PathBuf,
-    /// `PREFIX.manifest.json`
-    pub manifest: PathBuf,
-    /// `PREFIX.other.safetensors`
-    pub companion: PathBuf,
-    /// `PREFIX.safetensors.partial`
-    pub(super) partial: PathBuf,
-    /// `PREFIX.other.safetensors.partial`
-    pub(super) companion_partial: PathBuf,
-    /// `PREFIX.build.partial`
-    journal: PathBuf,
-}
-
-impl SlabFiles {
-    /// The files of `prefix`.
-    ///
-    /// # Errors
-    /// [`Error::Config`] if the prefix ends in no name.
-    pub fn of(prefix: &Path) -> Result<Self> {
-        if prefix.file_name().is_none_or(|n| n.to_str().is_none()) || prefix.as_os_str().as_encoded_bytes().ends_with(b"/") {
-            return Err(Error::config("--output must be a path that ends in a name (UTF-8), without .safetensors").at(prefix));
-        }
-        let with = |ending: &str| {
-            let mut path = prefix.as_os_str().to_owned();
-            path.push(ending);
-            PathBuf::from(path)
-        };
-        Ok(Self {
-            slab: with(".safetensors"),
-            manifest: with(".manifest.json"),
-            companion: with(".other.safetensors"),
-            partial: with(".safetensors.partial"),
-            companion_partial: with(".other.safetensors.partial"),
-            journal: with(".build.partial"),
-        })
-    }
-
-    pub(super) fn folder(&self) -> &Path {
-        self.slab.parent().filter(|p| !p.as_os_str().is_empty()).unwrap_or(Path::new("."))
-    }
-}
-
 /// What was built.
 #[derive(Debug, Clone)]
 pub struct BuildReport {
@@ -142,16 +92,6 @@ pub fn architecture_id(geometry: &TransformerGeometry) -> &'static str {
         (d, ..) if d <= 1024 => "flux2_tiny",
         _ => "flux2",
     }
-}
-
-/// The page size for a slab of `file_bytes`.
-#[must_use]
-pub fn page_bytes_for(file_bytes: u64) -> u64 {
-    let mut page = PAGE_BYTES;
-    while page > 4096 && file_bytes / page < PAGES_MIN {
-        page /= 2;
-    }
-    page
 }
 
 /// Builds slab, companion and manifest.
@@ -195,21 +135,6 @@ pub fn build(options: &BuildOptions, process: &Process) -> Result<BuildReport> {
     Ok(BuildReport { layers: plan.linears.len(), bytes: total, resumed_bytes, seconds: started.elapsed().as_secs_f64(), files })
 }
 
-/// Gives the finished files their names: slab, companion, manifest.
-pub(super) fn finish(files: &SlabFiles, manifest: &Manifest) -> Result<()> {
-    // An older slab of this name is being replaced: without its manifest nobody takes a mixture for a slab.
-    match std::fs::remove_file(&files.manifest) {
-        Err(e) if e.kind() != std::io::ErrorKind::NotFound => return Err(Error::io("cannot replace the old manifest", &files.manifest, e)),
-        _ => {}
-    }
-    publish(&files.partial, &files.slab)?;
-    publish(&files.companion_partial, &files.companion)?;
-    atomic_file::write(&files.manifest, manifest.to_json()?.as_bytes())?;
-    // Done with; a leftover would only be overwritten by the next build.
-    let _ = std::fs::remove_file(&files.journal);
-    Ok(())
-}
-
 /// Refuses what the quantiser cannot read before anything is written.
 fn check_types(source: &TransformerSource, geometry: &TransformerGeometry) -> Result<()> {
     for (name, shape) in geometry.all_tensors() {
@@ -217,42 +142,6 @@ fn check_types(source: &TransformerSource, geometry: &TransformerGeometry) -> Re
         element_bytes(place.dtype).map_err(|e| e.at(&place.file).found(format!("'{name}' is {:?}", place.dtype)))?;
     }
     Ok(())
-}
-
-/// The right to write one slab's files. Dropping it removes the lock file and frees the lock.
-pub(super) struct BuildLock {
-    path: PathBuf,
-    _file: File,
-}
-
-impl Drop for BuildLock {
-    fn drop(&mut self) {
-        // Still locked here, and lock() looks again at what it locked: nobody can end up with a lock on a removed file.
-        let _ = std::fs::remove_file(&self.path);
-    }
-}
-
-/// Keeps a second build of the same files away.
-pub(super) fn lock(files: &SlabFiles) -> Result<BuildLock> {
-    use std::os::unix::fs::MetadataExt;
-    let mut path = files.journal.clone().into_os_string();
-    path.push(".lock");
-    let path = PathBuf::from(path);
-    let io = |e| Error::io("cannot create the build's lock file", &path, e);
-    loop {
-        let file = File::options().create(true).truncate(false).write(true).open(&path).map_err(io)?;
-        rustix::fs::flock(&file, rustix::fs::FlockOperation::NonBlockingLockExclusive).map_err(|e| {
-            Error::absent("another process is building this slab")
-                .at(&files.slab)
-                .advice("wait for it, or choose another --output")
-                .cause(e)
-        })?;
-        // The file may have been removed by its last owner between open and lock.
-        let locked = file.metadata().map_err(io)?.ino();
-        if std::fs::metadata(&path).is_ok_and(|m| m.ino() == locked) {
-            return Ok(BuildLock { path, _file: file });
-        }
-    }
 }
 
 /// How far a build has come: everything before `at_tensor` is on the disk.
@@ -438,15 +327,6 @@ fn quantise_batch(job: &Job, index: usize, batch: &Batch, scales: &mut Vec<f32>)
     Ok(codes)
 }
 
-/// A NaN or an infinity in the checkpoint.
-pub(super) fn not_finite(name: &str, row: usize, column: usize, file: &Path) -> Error {
-    Error::data(format!("tensor '{name}' holds a value that is no number at row {row}, column {column}"))
-        .at(file)
-        .expected("finite values")
-        .found("NaN or infinity")
-        .advice("the checkpoint is corrupt: download or convert it again")
-}
-
 /// The manifest of a written slab.
 pub(super) fn assemble(
     geometry: &TransformerGeometry,
@@ -485,6 +365,3 @@ pub(super) fn assemble(
         }),
     }
 }
-
-/// Types that the companion stores.
-pub(super) const COMPANION_DTYPE: Dtype = Dtype::BF16;

@@ -6,18 +6,21 @@
 use std::path::Path;
 
 use rayon::prelude::*;
+use safetensors::Dtype;
 use serenity_protocol::geometry::TransformerGeometry;
 use serenity_protocol::model_path::TransformerSource;
 use serenity_protocol::slab::manifest::Companion;
 use serenity_protocol::slab::quant;
 use serenity_protocol::{Error, Result};
 
-use super::build::{COMPANION_DTYPE, PAGE_BYTES, SlabFiles, not_finite};
+use super::files::{PAGE_BYTES, SlabFiles, not_finite};
 use super::plan::{FilePlan, PlanBuilder};
 use super::progress::Progress;
 use super::source::{SourceReader, element_bytes};
 use super::writer::{FileHashes, FileWriter};
 
+/// What the companion's tensors are stored as.
+const COMPANION_DTYPE: Dtype = Dtype::BF16;
 /// Values converted by one task.
 const CONVERT_VALUES: usize = 1 << 16;
 
@@ -67,7 +70,7 @@ impl CompanionPlan {
 /// # Errors
 /// As the build's.
 pub fn write(plan: &CompanionPlan, source: &TransformerSource, files: &SlabFiles, progress: &mut Progress) -> Result<Companion> {
-    let mut writer = FileWriter::create(&plan.file, &files.companion_partial, PAGE_BYTES)?;
+    let mut writer = FileWriter::create_hashed(&plan.file, &files.companion_partial, PAGE_BYTES)?;
     let mut reader = SourceReader::default();
     for tensor in &plan.file.tensors {
         let place = source.place(&tensor.name, &tensor.shape)?;

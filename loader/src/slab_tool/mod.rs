@@ -5,11 +5,15 @@
 
 pub mod build;
 pub mod companion;
+mod direct;
+mod files;
 pub mod info;
 pub mod plan;
+mod produce;
 mod progress;
 pub mod repack;
 pub mod source;
 pub mod synth;
+mod units;
 pub mod verify;
 pub mod writer;

@@ -15,8 +15,9 @@ use serenity_protocol::process::Process;
 use serenity_protocol::slab::Slab;
 use serenity_protocol::{Error, Result};
 
-use super::build::{self, BuildReport, SlabFiles};
+use super::build::{self, BuildReport};
 use super::companion::{self, CompanionPlan};
+use super::files::{self, SlabFiles};
 use super::plan::{Content, SlabPlan};
 use super::progress::{Progress, joined};
 use super::writer::{FileHashes, FileWriter, check_free_space};
@@ -41,15 +42,15 @@ pub fn repack(slab: &Slab, model: &str, prefix: &Path, process: &Process) -> Res
     if same(&files.slab) {
         return Err(Error::config("--output names the slab that is to be repacked").at(&files.slab).advice("choose another --output"));
     }
-    let _lock = build::lock(&files)?;
+    let _lock = files::lock(&files)?;
     let total = plan.file.file_bytes + others.file.file_bytes;
     check_free_space(files.folder(), total)?;
     let mut progress = Progress::new(process, "repack", total);
-    let page_bytes = build::page_bytes_for(plan.file.file_bytes);
+    let page_bytes = files::page_bytes_for(plan.file.file_bytes);
     let hashes = copy(slab, &plan, &files, page_bytes, &mut progress)?;
     let companion = companion::write(&others, &source, &files, &mut progress)?;
     let label = Some(slab.manifest().architecture_id.clone()).filter(|label| !label.is_empty());
-    build::finish(&files, &build::assemble(geometry, label, &plan, page_bytes, hashes, companion))?;
+    files::finish(&files, &build::assemble(geometry, label, &plan, page_bytes, hashes, companion))?;
     Ok(BuildReport { layers: plan.linears.len(), bytes: total, resumed_bytes: 0, seconds: started.elapsed().as_secs_f64(), files })
 }
 

@@ -1,9 +1,7 @@
 //! Reads rows of a checkpoint's tensors in batches, with direct reads: a 64 GB source leaves no trace in memory or in the page cache.
 
 use std::collections::HashMap;
-use std::fs::File;
 use std::ops::Range;
-use std::os::unix::fs::{FileExt, OpenOptionsExt};
 use std::path::{Path, PathBuf};
 use std::sync::{Arc, Mutex};
 
@@ -11,7 +9,8 @@ use safetensors::Dtype;
 use serenity_protocol::model_path::SourcePlace;
 use serenity_protocol::{Error, Result};
 
-use crate::reader::{ALIGN, AlignedBuffer};
+use super::direct::DirectFile;
+use crate::reader::AlignedBuffer;
 
 /// Bytes of one batch of rows.
 pub const BATCH_BYTES: usize = 16 << 20;
@@ -50,7 +49,7 @@ type Pool = Arc<Mutex<Vec<AlignedBuffer>>>;
 /// Open source files.
 #[derive(Default)]
 pub struct SourceReader {
-    files: HashMap<PathBuf, File>,
+    files: HashMap<PathBuf, DirectFile>,
     pool: Pool,
 }
 
@@ -80,25 +79,16 @@ impl SourceReader {
         if pieces.iter().map(|p| p.end - p.start).sum::<u64>() != bytes as u64 {
             return Err(Error::invariant("rows beyond a tensor's end were asked for").at(&place.file));
         }
-        let mut read = read_pieces(self.file(&place.file)?, &pieces, bytes, buffer);
-        if matches!(&read, Err((e, _)) if e.raw_os_error() == Some(nix::libc::EINVAL)) {
-            // Some stacked file systems accept the flag and refuse the read: through the page cache from now on.
-            let cached = File::open(&place.file).map_err(|e| Error::io("cannot read the checkpoint", &place.file, e))?;
-            self.files.insert(place.file.clone(), cached);
-            read = read_pieces(self.file(&place.file)?, &pieces, bytes, buffer);
-        }
+        let read = read_pieces(self.file(&place.file)?, &pieces, bytes, buffer);
         read.map_err(|(e, at)| Error::io("cannot read the checkpoint", &place.file, e).offset(at))
     }
 
-    fn file(&mut self, path: &Path) -> Result<&File> {
+    fn file(&mut self, path: &Path) -> Result<&mut DirectFile> {
         if !self.files.contains_key(path) {
-            // Past the page cache, which would cost a copy of every byte and other processes their pages.
-            let direct = File::options().read(true).custom_flags(nix::libc::O_DIRECT).open(path);
-            // The file system has no direct reads; or the error is one that comes back.
-            let file = direct.or_else(|_| File::open(path)).map_err(|e| Error::io("cannot read the checkpoint", path, e))?;
+            let file = DirectFile::open(path).map_err(|e| Error::io("cannot read the checkpoint", path, e))?;
             self.files.insert(path.to_path_buf(), file);
         }
-        self.files.get(path).ok_or_else(|| Error::invariant("an open file is gone"))
+        self.files.get_mut(path).ok_or_else(|| Error::invariant("an open file is gone"))
     }
 }
 
@@ -122,18 +112,18 @@ fn pieces_of(runs: &[Range<u64>], start: u64, bytes: u64) -> Vec<Range<u64>> {
 
 /// Reads the pieces one after the other into the buffer; the error comes with the piece's offset.
 fn read_pieces(
-    file: &File,
+    file: &mut DirectFile,
     pieces: &[Range<u64>],
     bytes: usize,
     buffer: &mut AlignedBuffer,
 ) -> std::result::Result<Range<usize>, (std::io::Error, u64)> {
     if let [piece] = pieces {
-        return read_wide(file, piece, buffer).map_err(|e| (e, piece.start));
+        return file.read(piece, buffer).map_err(|e| (e, piece.start));
     }
     // Two halves of a tensor in the other order.
     let (mut at, mut wide) = (0, AlignedBuffer::default());
     for piece in pieces {
-        let part = read_wide(file, piece, &mut wide).map_err(|e| (e, piece.start))?;
+        let part = file.read(piece, &mut wide).map_err(|e| (e, piece.start))?;
         let from = wide.bytes().get(part).unwrap_or_default();
         if let Some(into) = buffer.resize(bytes).get_mut(at..at + from.len()) {
             into.copy_from_slice(from);
@@ -141,26 +131,6 @@ fn read_pieces(
         at += from.len();
     }
     Ok(0..bytes)
-}
-
-/// Reads `piece`, widened to multiples of [`ALIGN`] as direct reads must be; returns where in the buffer it is.
-fn read_wide(file: &File, piece: &Range<u64>, buffer: &mut AlignedBuffer) -> std::io::Result<Range<usize>> {
-    let align = ALIGN as u64;
-    let (first, end) = (piece.start / align * align, piece.end.next_multiple_of(align));
-    let (wanted, needed) = ((end - first) as usize, (piece.end - first) as usize);
-    let into = buffer.resize(wanted);
-    let mut at = 0;
-    // The end of the file may lie before the last multiple.
-    while at < needed {
-        match file.read_at(into.get_mut(at..wanted).unwrap_or_default(), first + at as u64) {
-            Ok(0) => return Err(std::io::ErrorKind::UnexpectedEof.into()),
-            // A direct read that stops off an aligned place has reached the end of the file.
-            Ok(count) => at += count,
-            Err(e) if e.kind() == std::io::ErrorKind::Interrupted => {}
-            Err(e) => return Err(e),
-        }
-    }
-    Ok((piece.start - first) as usize..needed)
 }
 
 /// Bytes of an element of a type that can be quantised.

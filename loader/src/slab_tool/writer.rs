@@ -26,7 +26,7 @@ pub struct FileHashes {
     pub pages: Vec<Hash>,
     /// Each tensor's, by its index in the plan.
     pub tensors: Vec<Hash>,
-    /// The whole file's; `None` for a file that was resumed.
+    /// The whole file's, if it was asked for.
     pub whole: Option<Hash>,
 }
 
@@ -57,9 +57,21 @@ impl<'p> FileWriter<'p> {
     /// # Errors
     /// [`Error::TryAgain`] on a full disk.
     pub fn create(plan: &'p FilePlan, temp: &Path, page_bytes: u64) -> Result<Self> {
+        Self::start(Self::open(plan, temp, page_bytes, true)?)
+    }
+
+    /// As [`Self::create`], and hashes the whole file too.
+    ///
+    /// # Errors
+    /// As [`Self::create`].
+    pub fn create_hashed(plan: &'p FilePlan, temp: &Path, page_bytes: u64) -> Result<Self> {
         let mut this = Self::open(plan, temp, page_bytes, true)?;
         this.whole = Some(Xxh3::new());
-        this.append(&plan.header)?;
+        Self::start(this)
+    }
+
+    fn start(mut this: Self) -> Result<Self> {
+        this.append(&this.plan.header)?;
         this.skip_empty_tensors();
         Ok(this)
     }

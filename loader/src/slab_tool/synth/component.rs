@@ -2,19 +2,17 @@
 
 use std::collections::BTreeMap;
 use std::path::Path;
-use std::sync::mpsc::sync_channel;
 
 use safetensors::Dtype;
 use serenity_protocol::{Error, Result, atomic_file};
 
-use super::super::build::PAGE_BYTES;
-use super::super::plan::{FilePlan, PlanBuilder};
-use super::super::progress::{Progress, joined};
-use super::super::writer::{FileHashes, FileWriter, publish};
-use super::random::Stream;
-
-/// Values drawn at once.
-const BATCH_VALUES: u64 = 4 << 20;
+use super::super::files::PAGE_BYTES;
+use super::super::plan::PlanBuilder;
+use super::super::produce::{Hashing, Product, produce};
+use super::super::progress::Progress;
+use super::super::units::Division;
+use super::super::writer::publish;
+use super::random::{Stream, fill};
 
 /// What a tensor is filled with.
 #[derive(Debug, Clone, PartialEq)]
@@ -65,20 +63,19 @@ impl Spec {
         self.shape.iter().fold(self.dtype.bitsize() as u64 / 8, |n, &d| n.saturating_mul(d as u64))
     }
 
-    /// The bytes of elements `first..first + count`.
-    fn draw(&self, seed: u64, first: u64, count: usize) -> Result<Vec<u8>> {
+    /// Fills `out` with the tensor's bytes from `at` on.
+    pub(super) fn draw(&self, seed: u64, at: u64, out: &mut [u8]) -> Result<()> {
         let stream = Stream::new(seed, &self.name);
         match (&self.fill, self.dtype) {
-            (Fill::Normal { mean, std }, Dtype::BF16) => Ok(stream.bf16_bytes(first, count, *mean, *std)),
-            (Fill::Normal { mean, std }, Dtype::F32) => Ok(stream.f32_bytes(first, count, *mean, *std)),
-            (Fill::Values(values), Dtype::F32) => {
-                Ok(values.iter().skip(first as usize).take(count).flat_map(|v| v.to_le_bytes()).collect())
-            }
-            (Fill::Zeros, dtype) => Ok(vec![0; count * dtype.bitsize() / 8]),
+            (Fill::Normal { mean, std }, Dtype::BF16) => stream.fill_bf16(at, out, *mean, *std),
+            (Fill::Normal { mean, std }, Dtype::F32) => stream.fill_f32(at, out, *mean, *std),
+            (Fill::Values(values), Dtype::F32) => fill(at, out, |i| values.get(i as usize).copied().unwrap_or(0.0).to_le_bytes()),
+            (Fill::Zeros, _) => out.fill(0),
             (fill, dtype) => {
-                Err(Error::invariant(format!("tensor '{}' cannot be made", self.name)).found(format!("{fill:?} as {dtype:?}")))
+                return Err(Error::invariant(format!("tensor '{}' cannot be made", self.name)).found(format!("{fill:?} as {dtype:?}")));
             }
         }
+        Ok(())
     }
 }
 
@@ -131,47 +128,15 @@ fn write_file(path: &Path, specs: &[Spec], seed: u64, progress: &mut Progress) -
     }
     let plan = plan.finish(64, &[("format", "pt")])?;
     let temp = atomic_file::temp_path(path);
-    write_planned(&plan, &temp, specs, seed, progress)?;
+    let draw = draw_of(specs, seed);
+    let product = Product { plan: &plan, temp: &temp, page_bytes: PAGE_BYTES, hashing: Hashing::None, draw: &draw };
+    produce(&[product], Division::default(), progress)?;
     publish(&temp, path)
 }
 
-/// Writes the tensors of `plan` (drawn from `specs`, one for each, in order) to `temp`.
-pub(super) fn write_planned(plan: &FilePlan, temp: &Path, specs: &[Spec], seed: u64, progress: &mut Progress) -> Result<FileHashes> {
-    let mut writer = FileWriter::create(plan, temp, PAGE_BYTES)?;
-    std::thread::scope(|scope| {
-        let (out, batches) = sync_channel::<Vec<u8>>(2);
-        let written = scope.spawn(move || {
-            for bytes in batches {
-                writer.write(&bytes)?;
-            }
-            Ok(writer)
-        });
-        let drawn = draw_all(specs, seed, progress, |bytes| out.send(bytes).is_ok());
-        drop(out);
-        let writer = joined(written.join())?;
-        drawn?;
-        writer.finish()
-    })
-}
-
-/// Draws every tensor in order; `send` says whether anyone still wants more.
-fn draw_all(specs: &[Spec], seed: u64, progress: &mut Progress, send: impl Fn(Vec<u8>) -> bool) -> Result<()> {
-    for spec in specs {
-        let count: u64 = spec.shape.iter().map(|&d| d as u64).product();
-        let mut first = 0;
-        while first < count {
-            let now = BATCH_VALUES.min(count - first);
-            let bytes = spec.draw(seed, first, now as usize)?;
-            let length = bytes.len() as u64;
-            if !send(bytes) {
-                // The writer's own error says why.
-                return Ok(());
-            }
-            progress.add(length)?;
-            first += now;
-        }
-    }
-    Ok(())
+/// The bytes of a file of `specs`, one for each tensor, in order.
+pub(super) fn draw_of(specs: &[Spec], seed: u64) -> impl Fn(usize, u64, &mut [u8]) -> Result<()> + Sync {
+    move |index, at, out| specs.get(index).ok_or_else(|| Error::invariant("a tensor outside the plan"))?.draw(seed, at, out)
 }
 
 /// Writes a JSON file, indent 2.

@@ -18,11 +18,12 @@ use serenity_protocol::process::Process;
 use serenity_protocol::{Error, Result, atomic_file};
 
 use super::progress::Progress;
+pub use super::units::Division;
 use super::writer::check_free_space;
 use component::{Spec, write_component, write_json};
 pub use preset::Preset;
 pub use random::Stream;
-pub use slab_only::synth_slab;
+pub use slab_only::{synth_slab, synth_slab_with};
 
 /// Version of the reference whose files these imitate.
 const DIFFUSERS_VERSION: &str = "0.42.1";

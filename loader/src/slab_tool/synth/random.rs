@@ -5,13 +5,10 @@
 //! deviations, exact integer arithmetic up to one float32 multiplication. Weights need no better tails.
 
 use half::bf16;
-use rayon::prelude::*;
 use xxhash_rust::xxh3::xxh3_64_with_seed;
 
 /// Standard deviation of the sum of four independent uniform 16-bit integers: sqrt(4 * (2^32 - 1) / 12).
 const SUM_STD: f64 = 37_837.222;
-/// Values of one task.
-const TASK_VALUES: usize = 1 << 16;
 
 /// The stream of one tensor.
 #[derive(Debug, Clone, Copy)]
@@ -50,37 +47,32 @@ impl Stream {
         (std / SUM_STD) as f32
     }
 
-    /// Little-endian bfloat16 values of the elements from `first` on.
-    #[must_use]
-    pub fn bf16_bytes(self, first: u64, count: usize, mean: f32, std: f64) -> Vec<u8> {
+    /// Bytes of little-endian bfloat16 values, from byte `at` of the tensor on.
+    pub fn fill_bf16(self, at: u64, out: &mut [u8], mean: f32, std: f64) {
         let unit = Self::unit(std);
-        self.bytes(first, count, 2, |index, out: &mut [u8; 2]| *out = bf16::from_f32(self.normal(index, mean, unit)).to_le_bytes())
+        fill(at, out, |index| bf16::from_f32(self.normal(index, mean, unit)).to_le_bytes());
     }
 
-    /// Little-endian float32 values of the elements from `first` on.
-    #[must_use]
-    pub fn f32_bytes(self, first: u64, count: usize, mean: f32, std: f64) -> Vec<u8> {
+    /// Bytes of little-endian float32 values, from byte `at` of the tensor on.
+    pub fn fill_f32(self, at: u64, out: &mut [u8], mean: f32, std: f64) {
         let unit = Self::unit(std);
-        self.bytes(first, count, 4, |index, out: &mut [u8; 4]| *out = self.normal(index, mean, unit).to_le_bytes())
+        fill(at, out, |index| self.normal(index, mean, unit).to_le_bytes());
     }
 
-    /// INT8 codes, uniform in -127..=127 (but for 0, which is twice as frequent: -128 becomes 0), eight to a counter. `first` and
-    /// `count` are multiples of 8.
-    #[must_use]
-    pub fn code_bytes(self, first: u64, count: usize) -> Vec<u8> {
-        self.bytes(first / 8, count / 8, 8, |index, out: &mut [u8; 8]| {
-            *out = self.bits(index).to_le_bytes().map(|b| if b == 0x80 { 0 } else { b });
-        })
+    /// INT8 codes from the `at`-th on, uniform in -127..=127 (but for 0, which is twice as frequent: -128 becomes 0), eight to a counter.
+    pub fn fill_codes(self, at: u64, out: &mut [u8]) {
+        fill(at, out, |index| self.bits(index).to_le_bytes().map(|b| if b == 0x80 { 0 } else { b }));
     }
+}
 
-    fn bytes<const N: usize>(self, first: u64, count: usize, width: usize, each: impl Fn(u64, &mut [u8; N]) + Sync) -> Vec<u8> {
-        let mut bytes = vec![0; count * width];
-        bytes.par_chunks_mut(TASK_VALUES * width).enumerate().for_each(|(task, part)| {
-            let start = first + (task * TASK_VALUES) as u64;
-            for (i, out) in part.as_chunks_mut::<N>().0.iter_mut().enumerate() {
-                each(start + i as u64, out);
-            }
-        });
-        bytes
-    }
+/// The bytes from `at` on of a row of elements of N bytes; the first and the last may be cut.
+pub(super) fn fill<const N: usize>(at: u64, out: &mut [u8], each: impl Fn(u64) -> [u8; N]) {
+    let (first, skip) = (at / N as u64, (at % N as u64) as usize);
+    let (head, rest) = out.split_at_mut(((N - skip) % N).min(out.len()));
+    head.iter_mut().zip(each(first).iter().skip(skip)).for_each(|(byte, value)| *byte = *value);
+    let first = first + u64::from(skip > 0);
+    let (whole, tail) = rest.as_chunks_mut::<N>();
+    let count = whole.len() as u64;
+    whole.iter_mut().zip(first..).for_each(|(out, index)| *out = each(index));
+    tail.iter_mut().zip(each(first + count)).for_each(|(byte, value)| *byte = value);
 }

@@ -4,98 +4,88 @@
 //! from such a slab stays finite. This is not the slab that `build` would make of the preset's checkpoint.
 
 use std::path::Path;
-use std::sync::mpsc::sync_channel;
 
-use rayon::prelude::*;
 use serenity_protocol::process::Process;
 use serenity_protocol::{Error, Result};
 
-use super::super::build::{self, SlabFiles};
+use super::super::build;
 use super::super::companion::CompanionPlan;
+use super::super::files::{self, SlabFiles};
 use super::super::plan::{Content, SlabPlan};
-use super::super::progress::{Progress, joined};
-use super::super::writer::{FileHashes, FileWriter, check_free_space};
+use super::super::produce::{Hashing, Product, produce};
+use super::super::progress::Progress;
+use super::super::units::Division;
+use super::super::writer::check_free_space;
+use super::component::draw_of;
 use super::random::Stream;
-use super::{Preset, component, transformer};
+use super::{Preset, transformer};
 
 /// Standard deviation of a uniform code in -127..=127.
 const CODE_STD: f64 = 73.6;
 /// Spread of the scales of a linear's rows, relative.
 const SCALE_SPREAD: f64 = 0.05;
-/// Codes drawn at once, a multiple of 8.
-const BATCH_CODES: u64 = 16 << 20;
 
 /// Makes slab, companion and manifest of `preset` at `prefix`; returns the files and their bytes.
 ///
 /// # Errors
 /// [`Error::TryAgain`] for a full disk or an interruption.
 pub fn synth_slab(preset: Preset, prefix: &Path, seed: u64, process: &Process) -> Result<(SlabFiles, u64)> {
+    synth_slab_with(preset, prefix, seed, Division::default(), process)
+}
+
+/// As [`synth_slab`], divided as told: the bytes are the same however that is.
+///
+/// # Errors
+/// As [`synth_slab`].
+pub fn synth_slab_with(preset: Preset, prefix: &Path, seed: u64, division: Division, process: &Process) -> Result<(SlabFiles, u64)> {
     let geometry = preset.transformer();
     let plan = SlabPlan::new(&geometry, 64, false)?;
     let others = CompanionPlan::new(&geometry)?;
     let files = SlabFiles::of(prefix)?;
     std::fs::create_dir_all(files.folder()).map_err(|e| Error::io("cannot create the output folder", files.folder(), e))?;
-    let _lock = build::lock(&files)?;
+    let _lock = files::lock(&files)?;
     let total = plan.file.file_bytes + others.file.file_bytes;
     check_free_space(files.folder(), total)?;
     let mut progress = Progress::new(process, "synth", total);
-    let page_bytes = build::page_bytes_for(plan.file.file_bytes);
-    let hashes = write_codes(&plan, &files.partial, page_bytes, seed, &mut progress)?;
+    let page_bytes = files::page_bytes_for(plan.file.file_bytes);
     let specs = transformer::specs(&geometry);
     let specs: Vec<_> = others.file.tensors.iter().filter_map(|t| specs.iter().find(|s| s.name == t.name).cloned()).collect();
-    let written = component::write_planned(&others.file, &files.companion_partial, &specs, seed, &mut progress)?;
-    let companion = others.manifest_entry(&files.companion, written)?;
+    let (draw_codes, draw_others) = (|index, at, out: &mut [u8]| draw(&plan, seed, index, at, out), draw_of(&specs, seed));
+    let slab = Product { plan: &plan.file, temp: &files.partial, page_bytes, hashing: Hashing::Parts, draw: &draw_codes };
+    let companion = Product {
+        plan: &others.file,
+        temp: &files.companion_partial,
+        page_bytes: files::PAGE_BYTES,
+        hashing: Hashing::Whole,
+        draw: &draw_others,
+    };
+    let mut written = produce(&[slab, companion], division, &mut progress)?.into_iter();
+    let (Some(hashes), Some(of_companion)) = (written.next(), written.next()) else {
+        return Err(Error::invariant("two files were written and their hashes are not there"));
+    };
+    let companion = others.manifest_entry(&files.companion, of_companion)?;
     let manifest = build::assemble(&geometry, None, &plan, page_bytes, hashes, companion);
-    build::finish(&files, &manifest)?;
+    files::finish(&files, &manifest)?;
     Ok((files, total))
 }
 
-fn write_codes(plan: &SlabPlan, partial: &Path, page_bytes: u64, seed: u64, progress: &mut Progress) -> Result<FileHashes> {
-    let mut writer = FileWriter::create(&plan.file, partial, page_bytes)?;
-    std::thread::scope(|scope| {
-        let (out, batches) = sync_channel::<Vec<u8>>(2);
-        let written = scope.spawn(move || {
-            for bytes in batches {
-                writer.write(&bytes)?;
-            }
-            Ok(writer)
-        });
-        let drawn = draw(plan, seed, progress, |bytes| out.send(bytes).is_ok());
-        drop(out);
-        let writer = joined(written.join())?;
-        drawn?;
-        writer.finish()
-    })
-}
-
-fn draw(plan: &SlabPlan, seed: u64, progress: &mut Progress, send: impl Fn(Vec<u8>) -> bool) -> Result<()> {
-    for (tensor, content) in plan.file.tensors.iter().zip(&plan.contents) {
-        let stream = Stream::new(seed, &tensor.name);
-        let mut at = 0;
-        while at < tensor.bytes {
-            let now = BATCH_CODES.min(tensor.bytes - at);
-            let bytes = match *content {
-                Content::Codes(index) => {
-                    let mut codes = stream.code_bytes(at, now.next_multiple_of(8) as usize);
-                    codes.truncate(now as usize);
-                    clear_padding(plan, index, at, &mut codes);
-                    codes
-                }
-                Content::Scales(index) => {
-                    let (linear, _) = plan.linears.get(index).ok_or_else(|| Error::invariant("a linear outside the plan"))?;
-                    let std = transformer::gain(&linear.name) / (linear.in_features as f64).sqrt();
-                    let scale = std / CODE_STD;
-                    stream.f32_bytes(at / 4, (now / 4) as usize, scale as f32, scale * SCALE_SPREAD)
-                }
-                Content::ZeroPoints(_) | Content::Pad => vec![0; now as usize],
-            };
-            if !send(bytes) {
-                // The writer's own error says why.
-                return Ok(());
-            }
-            progress.add(now)?;
-            at += now;
+/// The bytes of tensor `index` from `at` on.
+fn draw(plan: &SlabPlan, seed: u64, index: usize, at: u64, out: &mut [u8]) -> Result<()> {
+    let absent = || Error::invariant("a tensor outside the plan");
+    let tensor = plan.file.tensors.get(index).ok_or_else(absent)?;
+    let stream = Stream::new(seed, &tensor.name);
+    match *plan.contents.get(index).ok_or_else(absent)? {
+        Content::Codes(linear) => {
+            stream.fill_codes(at, out);
+            clear_padding(plan, linear, at, out);
         }
+        Content::Scales(linear) => {
+            let (linear, _) = plan.linears.get(linear).ok_or_else(absent)?;
+            let std = transformer::gain(&linear.name) / (linear.in_features as f64).sqrt();
+            let scale = std / CODE_STD;
+            stream.fill_f32(at, out, scale as f32, scale * SCALE_SPREAD);
+        }
+        Content::ZeroPoints(_) | Content::Pad => out.fill(0),
     }
     Ok(())
 }
@@ -107,9 +97,9 @@ fn clear_padding(plan: &SlabPlan, index: usize, first: u64, codes: &mut [u8]) {
     if padded == linear.in_features {
         return;
     }
-    codes.par_iter_mut().enumerate().for_each(|(i, code)| {
+    for (i, code) in codes.iter_mut().enumerate() {
         if (first as usize + i) % padded >= linear.in_features {
             *code = 0;
         }
-    });
+    }
 }
