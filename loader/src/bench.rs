@@ -8,7 +8,7 @@ use std::time::{Duration, Instant};
 
 use rayon::prelude::*;
 use serenity_protocol::config::PayloadForm;
-use serenity_protocol::geometry::TransformerGeometry;
+use serenity_protocol::geometry::{BlockId, TransformerGeometry};
 use serenity_protocol::message::Role;
 use serenity_protocol::process::Process;
 use serenity_protocol::ring::consumer::Consumer;
@@ -153,7 +153,7 @@ fn consume(plan: &RingPlan, geometry: &TransformerGeometry, passes: usize) -> Re
                 waited += wait_start.elapsed().as_secs_f64();
                 // SAFETY: the slot is leased to us until `release`.
                 let bytes = unsafe { segment.slot_payload(leased.slot, leased.bytes) };
-                if xxhash_rust::xxh3::xxh3_64(bytes) != leased.payload {
+                if plan.layout.payload_checksum(BlockId(block), u32::from(leased.content.chunk), bytes)? != leased.checksum {
                     return Err(Error::invariant("a chunk in the ring does not have its checksum"));
                 }
                 ring.release(&leased)?;

@@ -105,7 +105,7 @@ impl Filler {
         Ok(self.shares(chunk)?.iter().filter_map(Share::file_range).collect())
     }
 
-    /// Writes the chunk into `slot` (exactly the chunk's bytes) and returns its xxh3.
+    /// Writes the chunk into `slot` (exactly the chunk's bytes) and returns its checksum.
     ///
     /// # Errors
     /// [`Error::Invariant`] if `fetched` lacks a range of [`Self::file_ranges`].
@@ -121,7 +121,7 @@ impl Filler {
             written = share.at + len;
         }
         slot[written..].fill(0);
-        Ok(xxhash_rust::xxh3::xxh3_64(slot))
+        self.layout.payload_checksum(BlockId(chunk.block), u32::from(chunk.chunk), slot)
     }
 }
 

@@ -14,14 +14,15 @@ use std::time::{Duration, Instant};
 
 use rayon::prelude::*;
 use serenity_protocol::config::Config;
-use serenity_protocol::geometry::TransformerGeometry;
+use serenity_protocol::geometry::{BlockId, TransformerGeometry};
 use serenity_protocol::message::FromChild;
 use serenity_protocol::process::Process;
 use serenity_protocol::ring::plan::RingPlan;
 use serenity_protocol::ring::producer::{Action, Job, Producer};
 use serenity_protocol::ring::segment::{RingRole, Segment};
-use serenity_protocol::ring::words::{ChunkId, Words, consumer, loader};
+use serenity_protocol::ring::words::{ChunkId, Descriptor, Words, consumer, loader};
 use serenity_protocol::slab::Slab;
+use serenity_protocol::slab::layout::SlabLayout;
 use serenity_protocol::{Error, Result};
 
 use crate::fill::Filler;
@@ -107,7 +108,8 @@ impl Shared {
     fn verify(&self, job: Job, checksum: u64) -> Result<()> {
         let bytes = self.filler.chunk_bytes(job.content)? as u64;
         // SAFETY: the producer claimed the slot for this job under our epoch (FILLING), and nobody writes it meanwhile.
-        let found = xxhash_rust::xxh3::xxh3_64(unsafe { self.segment.slot_payload(job.slot, bytes) });
+        let payload = unsafe { self.segment.slot_payload(job.slot, bytes) };
+        let found = self.filler.layout().payload_checksum(BlockId(job.content.block), u32::from(job.content.chunk), payload)?;
         if found == checksum {
             self.producer()?.publish(job, bytes, checksum)?;
             self.segment.wake(consumer::WAKE);
@@ -147,7 +149,7 @@ pub fn serve_segment(plan: &RingPlan, slab: &Slab, geometry: &TransformerGeometr
     let mut reader = Reader::new(file.clone());
     let filler = Filler::new(slab, geometry, plan.layout.clone(), &mut reader)?;
     let mut producer = Producer::attach(segment.clone(), segment.shape(), plan.catalogue()?)?;
-    recheck_ready(&mut producer, segment)?;
+    recheck_ready(&mut producer, segment, &plan.layout)?;
     let shared = Shared {
         segment: segment.clone(),
         producer: Mutex::new(producer),
@@ -194,16 +196,20 @@ pub fn serve_segment(plan: &RingPlan, slab: &Slab, geometry: &TransformerGeometr
 }
 
 /// READY slots of an earlier loader whose bytes are damaged are freed before the consumer is told of us.
-fn recheck_ready(producer: &mut Producer<Segment>, segment: &Segment) -> Result<()> {
+fn recheck_ready(producer: &mut Producer<Segment>, segment: &Segment, layout: &SlabLayout) -> Result<()> {
+    let intact = |slot: usize, bytes: u64, checksum: u64| {
+        let Some(descriptor) = Descriptor::read(segment, segment.shape().slot(slot)) else { return false };
+        if bytes > segment.spec().chunk_bytes {
+            return false;
+        }
+        // SAFETY: only a loader writes slots, this process is the loader, and it writes only what it has claimed since.
+        let payload = unsafe { segment.slot_payload(slot, bytes) };
+        let ChunkId { block, chunk } = descriptor.content;
+        layout.payload_checksum(BlockId(block), u32::from(chunk), payload).is_ok_and(|found| found == checksum)
+    };
     let ready = producer.ready_slots()?;
-    let damaged: Vec<usize> = ready
-        .into_par_iter()
-        .filter(|(slot, bytes, payload)| {
-            // SAFETY: only a loader writes slots, this process is the loader, and it writes only what it has claimed since.
-            *bytes > segment.spec().chunk_bytes || xxhash_rust::xxh3::xxh3_64(unsafe { segment.slot_payload(*slot, *bytes) }) != *payload
-        })
-        .map(|(slot, ..)| slot)
-        .collect();
+    let damaged: Vec<usize> =
+        ready.into_par_iter().filter(|(slot, bytes, checksum)| !intact(*slot, *bytes, *checksum)).map(|(slot, ..)| slot).collect();
     for slot in damaged {
         tracing::warn!("a published chunk of an earlier loader is damaged and is read again (slot {slot})");
         producer.drop_ready(slot)?;

@@ -135,7 +135,7 @@ fn consume(mut ring: Consumer<Memory>, shared: &Arc<Shared>, order: &[u16]) {
         assert_eq!(lease.content, ChunkId { block, chunk: 0 });
         // SAFETY: the slot is leased; loom fails the model if it is being written.
         let found = shared.payload[lease.slot].with(|p| unsafe { *p });
-        assert_eq!((found, lease.payload), (payload_of(lease.content), payload_of(lease.content)));
+        assert_eq!((found, lease.checksum), (payload_of(lease.content), payload_of(lease.content)));
         ring.release(&lease).unwrap();
     }
     ring.finish();

@@ -182,7 +182,7 @@ impl RingSource {
         }
         // SAFETY: the slot is leased to this consumer until `release` below; nobody writes a leased slot.
         let payload = unsafe { self.segment.slot_payload(leased.slot, leased.bytes) };
-        if xxhash_rust::xxh3::xxh3_64(payload) != leased.payload {
+        if self.plan.layout.payload_checksum(layout.block, u32::from(leased.content.chunk), payload)? != leased.checksum {
             self.ring.release_corrupt(leased)?;
             return Err(Error::invariant(format!(
                 "block {} chunk {} in the ring does not have the checksum that it was published with",

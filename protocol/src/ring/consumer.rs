@@ -19,8 +19,8 @@ pub struct Leased {
     pub content: ChunkId,
     /// Payload bytes.
     pub bytes: u64,
-    /// xxh3 that the payload must have.
-    pub payload: u64,
+    /// Checksum that the payload must have: compare it with [`crate::slab::layout::SlabLayout::payload_checksum`] of the bytes.
+    pub checksum: u64,
     /// Generation of the slot.
     pub generation: u64,
 }
@@ -129,7 +129,7 @@ impl<M: Words> Consumer<M> {
             return Ok(None);
         }
         self.step_position();
-        Ok(Some(Leased { slot: index, content: due, bytes: descriptor.bytes, payload: descriptor.payload, generation: word.generation }))
+        Ok(Some(Leased { slot: index, content: due, bytes: descriptor.bytes, checksum: descriptor.payload, generation: word.generation }))
     }
 
     fn step_position(&mut self) {

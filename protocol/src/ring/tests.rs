@@ -126,7 +126,7 @@ impl<'a> World<'a> {
                 if let Some(lease) = consumer.try_lease().unwrap() {
                     assert_eq!(Some(lease.content), self.wanted.pop_front(), "out of order");
                     assert_eq!(self.bytes[lease.slot], Some(lease.content), "leased bytes that are not the chunk's");
-                    assert_eq!(lease.payload, payload_of(lease.content));
+                    assert_eq!(lease.checksum, payload_of(lease.content));
                     self.leases.push_back(lease);
                 }
             }

@@ -116,7 +116,7 @@ pub const REQUEST_WORDS: usize = 2;
 /// Words of a slot: one cache line.
 pub const SLOT_WORDS: usize = 8;
 /// Version of this layout; any change of a word's meaning raises it.
-pub const LAYOUT_VERSION: u64 = 1;
+pub const LAYOUT_VERSION: u64 = 2;
 /// Reads as something else on a machine of the other byte order.
 pub const ENDIAN_TAG: u64 = 0x0102_0304_0506_0708;
 /// First word of a segment.
@@ -138,7 +138,7 @@ pub mod slot {
     pub const CONTENT: usize = 1;
     /// Payload bytes.
     pub const BYTES: usize = 2;
-    /// xxh3 of the payload.
+    /// Checksum of the payload, made of its pieces' ([`crate::slab::pieces`]).
     pub const PAYLOAD: usize = 3;
     /// Place in the consumer's stream of chunks: consumer epoch (16), ordinal (48).
     pub const ORDINAL: usize = 4;
@@ -280,7 +280,7 @@ pub struct Descriptor {
     pub content: ChunkId,
     /// Payload bytes.
     pub bytes: u64,
-    /// xxh3 of the payload.
+    /// Checksum of the payload.
     pub payload: u64,
     /// Consumer epoch and ordinal that it was published for.
     pub ordinal: u64,

@@ -7,6 +7,7 @@
 use std::ops::Range;
 
 use super::Slab;
+use super::pieces::PAGE_BYTES_DEFAULT;
 use crate::error::{Error, Result};
 use crate::geometry::{BlockId, LinearSpec, TransformerGeometry};
 
@@ -43,6 +44,8 @@ pub struct Part {
     pub in_features: usize,
     /// Columns as stored in the slab.
     pub padded_in: usize,
+    /// Offset of the part's tensor in the slab file.
+    pub source: u64,
 }
 
 /// The payload of one block.
@@ -72,6 +75,8 @@ pub struct SlabLayout {
     pub form: PayloadForm,
     /// Chunk size of the ring, a multiple of [`PART_ALIGN`].
     pub chunk_bytes: u64,
+    /// Page size of the slab's hashes, where chunks are cut into pieces ([`super::pieces`]).
+    pub page_bytes: u64,
     /// One for each block, in execution order: `blocks[i].block == BlockId(i)`.
     pub blocks: Vec<BlockLayout>,
 }
@@ -95,7 +100,8 @@ impl SlabLayout {
                 .expected(format!("{} bytes", large.bytes))
                 .found(chunk_bytes));
         }
-        Ok(Self { form, chunk_bytes, blocks })
+        let page_bytes = slab.pages().map(|p| p.page_bytes).filter(|b| *b > 0).unwrap_or(PAGE_BYTES_DEFAULT);
+        Ok(Self { form, chunk_bytes, page_bytes, blocks })
     }
 
     /// The layout of a block.
@@ -137,22 +143,22 @@ fn block_layout(slab: &Slab, geometry: &TransformerGeometry, form: PayloadForm, 
             .map_err(|problem| Error::data(problem).at(slab.path()).advice("build a slab of this model with `serenity-slab build`"))?;
         // Products fit: out * padded_in is the length of a range in the slab file, which Slab::open checked.
         let (rows, stored) = (linear.out_features as u64, layer.padded_in as u64);
-        let mut push = |kind, bytes| {
-            parts.push(part(&linear, layer.padded_in, kind, end, bytes));
+        let mut push = |kind, bytes, source: &Range<u64>| {
+            parts.push(part(&linear, layer.padded_in, kind, end, bytes, source.start));
             end = (end + bytes).next_multiple_of(PART_ALIGN);
         };
         match form {
-            PayloadForm::Bf16 => push(PartKind::Bf16Rows, rows * linear.in_features as u64 * 2),
+            PayloadForm::Bf16 => push(PartKind::Bf16Rows, rows * linear.in_features as u64 * 2, &layer.qweight),
             PayloadForm::Int8 => {
-                push(PartKind::Int8Rows, rows * stored);
-                push(PartKind::Scales, rows * 4);
+                push(PartKind::Int8Rows, rows * stored, &layer.qweight);
+                push(PartKind::Scales, rows * 4, &layer.scale);
             }
         }
     }
     Ok(BlockLayout { block, bytes: end, parts })
 }
 
-fn part(linear: &LinearSpec, padded_in: usize, kind: PartKind, offset: u64, bytes: u64) -> Part {
+fn part(linear: &LinearSpec, padded_in: usize, kind: PartKind, offset: u64, bytes: u64, source: u64) -> Part {
     let (out_features, in_features) = (linear.out_features, linear.in_features);
-    Part { linear: linear.name.clone(), kind, offset, bytes, out_features, in_features, padded_in }
+    Part { linear: linear.name.clone(), kind, offset, bytes, out_features, in_features, padded_in, source }
 }

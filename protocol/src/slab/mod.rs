@@ -12,7 +12,9 @@
 pub mod header;
 pub mod layout;
 pub mod manifest;
+pub mod pieces;
 pub mod quant;
+pub mod simd;
 mod strict_json;
 
 use std::collections::HashMap;

@@ -4,10 +4,12 @@
 //! multiplication by the float32 reciprocal (not division), rounding half to even, clamping to ±127. -128 never appears.
 //! Loader and trainer both dequantise with [`dequantize`], so that a weight has the same bits wherever it is unpacked.
 //!
-//! Both loops are written so that they vectorise on plain x86-64: rounding by adding and reading back a power of two, and integer
-//! arithmetic for the bfloat16 rounding.
+//! The loops are written so that they vectorise: rounding by adding and reading back a power of two, and integer arithmetic for the
+//! bfloat16 rounding. [`super::simd`] compiles the dequantiser for wider registers than plain x86-64 has.
 
 use half::bf16;
+
+use super::simd::{self, Width};
 
 /// Smallest scale; that of an all-zero row.
 pub const SCALE_MIN: f32 = 1e-8;
@@ -40,12 +42,7 @@ pub fn dequantize(q: &[i8], scale: f32, out: &mut [bf16]) {
         out.fill(bf16::NAN);
         return;
     }
-    for (value, &code) in out.iter_mut().zip(q) {
-        let bits = (f32::from(code) * scale).to_bits();
-        // Round half to even on the upper 16 bits; NaN, which could carry over, is excluded above unless 0 * infinity.
-        let rounded = bits.wrapping_add(0x7fff).wrapping_add((bits >> 16) & 1);
-        *value = bf16::from_bits((rounded >> 16) as u16);
-    }
+    simd::dequantize(Width::best(), q, scale, out);
 }
 
 /// Whether every value is a number.

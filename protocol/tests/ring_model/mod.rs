@@ -347,7 +347,7 @@ impl World {
             Some(lease) => {
                 assert_eq!(Some(lease.content), state.wanted.pop_front(), "a chunk out of order");
                 let seen = self.bytes[lease.slot].get();
-                if seen != Some(lease.payload) && self.bug != Bug::ChecksumNotCompared {
+                if seen != Some(lease.checksum) && self.bug != Bug::ChecksumNotCompared {
                     assert!(self.rotten.get() > 0, "leased bytes that are not what was published");
                     ring.release_corrupt(&lease).unwrap();
                     self.rotten_noticed.set(self.rotten_noticed.get() + 1);
