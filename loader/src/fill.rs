@@ -119,6 +119,7 @@ impl Filler {
             let len = (share.of_part.end - share.of_part.start) as usize;
             share.write(fetched, &mut rest[..len])?;
             written = share.at + len;
+            serenity_protocol::faults::point("mid-fill");
         }
         slot[written..].fill(0);
         self.layout.payload_checksum(BlockId(chunk.block), u32::from(chunk.chunk), slot)

@@ -4,6 +4,7 @@
 //! (dequantised or copied into the slot, hashed) → published in the ring. `serenity-slab`'s half is [`slab_tool`].
 
 pub mod bench;
+pub mod faults;
 pub mod fill;
 pub mod reader;
 pub mod service;

@@ -14,6 +14,7 @@ use std::time::{Duration, Instant};
 
 use rayon::prelude::*;
 use serenity_protocol::config::Config;
+use serenity_protocol::faults::point;
 use serenity_protocol::geometry::{BlockId, TransformerGeometry};
 use serenity_protocol::message::FromChild;
 use serenity_protocol::process::Process;
@@ -25,6 +26,7 @@ use serenity_protocol::slab::Slab;
 use serenity_protocol::slab::layout::SlabLayout;
 use serenity_protocol::{Error, Result};
 
+use crate::faults;
 use crate::fill::Filler;
 use crate::reader::{Fetched, Reader, SlabFile};
 
@@ -66,8 +68,10 @@ impl Shared {
             self.in_flight.fetch_sub(1, Ordering::Release);
             match result {
                 Ok(()) => {
+                    point("after-publish");
                     self.segment.wake(consumer::WAKE);
                     self.segment.wake(loader::WAKE);
+                    point("after-wake");
                 }
                 Err(error) => return self.fail(error),
             }
@@ -75,11 +79,15 @@ impl Shared {
     }
 
     fn fill(&self, job: Job, reader: &mut Reader, fetched: &mut Fetched) -> Result<()> {
+        point("before-fill");
         reader.fetch(&self.filler.file_ranges(job.content)?, fetched)?;
+        point("payload-read");
+        faults::delay_fill();
         let bytes = self.filler.chunk_bytes(job.content)?;
         // SAFETY: the producer claimed the slot for this job under our epoch (FILLING), and a job is handed to one worker.
         let slot = unsafe { self.segment.slot_filling(job.slot) };
         let payload = self.filler.fill(job.content, fetched, &mut slot[..bytes])?;
+        point("after-payload");
         self.producer()?.publish(job, bytes as u64, payload)
     }
 
@@ -106,12 +114,14 @@ impl Shared {
 
     /// A retained chunk of an earlier loader: published if its bytes are what its descriptor says, else served anew.
     fn verify(&self, job: Job, checksum: u64) -> Result<()> {
+        point("before-verify");
         let bytes = self.filler.chunk_bytes(job.content)? as u64;
         // SAFETY: the producer claimed the slot for this job under our epoch (FILLING), and nobody writes it meanwhile.
         let payload = unsafe { self.segment.slot_payload(job.slot, bytes) };
         let found = self.filler.layout().payload_checksum(BlockId(job.content.block), u32::from(job.content.chunk), payload)?;
         if found == checksum {
             self.producer()?.publish(job, bytes, checksum)?;
+            point("verified");
             self.segment.wake(consumer::WAKE);
             return Ok(());
         }
@@ -133,6 +143,7 @@ pub fn run(config: &Config, slab: &Slab, geometry: &TransformerGeometry, process
     let threads = config.memory.stagehand.loader_threads;
     // A second pool (tests) keeps the first; results do not depend on the number of threads.
     let _ = rayon::ThreadPoolBuilder::new().num_threads(threads).thread_name(|i| format!("dequantise-{i}")).build_global();
+    point("before-attach");
     let segment = Segment::open_or_create(&plan.spec)?;
     segment.sign(RingRole::Loader);
     let result = serve_segment(&plan, slab, geometry, &segment, process);
@@ -149,7 +160,9 @@ pub fn serve_segment(plan: &RingPlan, slab: &Slab, geometry: &TransformerGeometr
     let mut reader = Reader::new(file.clone());
     let filler = Filler::new(slab, geometry, plan.layout.clone(), &mut reader)?;
     let mut producer = Producer::attach(segment.clone(), segment.shape(), plan.catalogue()?)?;
+    point("attached");
     recheck_ready(&mut producer, segment, &plan.layout)?;
+    point("rechecked");
     let shared = Shared {
         segment: segment.clone(),
         producer: Mutex::new(producer),
@@ -243,7 +256,10 @@ fn serve(shared: &Shared, jobs: SyncSender<Job>, process: &Process) -> Result<()
                 waiting.get_or_insert_with(|| tracing::trace_span!("slot wait").entered());
                 shared.segment.wait(loader::WAKE, ticket);
             }
-            Action::Republished(_) => shared.segment.wake(consumer::WAKE),
+            Action::Republished(_) => {
+                point("republished");
+                shared.segment.wake(consumer::WAKE);
+            }
             Action::Verify(job, checksum) => shared.verify(job, checksum)?,
             Action::Fill(job) => {
                 // Relaxed: only this thread adds, and the channel orders the hand-over.

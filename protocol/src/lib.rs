@@ -11,6 +11,7 @@ pub mod checkpoint;
 pub mod config;
 pub mod dataset;
 pub mod error;
+pub mod faults;
 pub mod fp8;
 pub mod geometry;
 pub mod message;

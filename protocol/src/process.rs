@@ -184,7 +184,7 @@ pub fn main(role: Role, trace: Option<&Path>, body: impl FnOnce(&Process) -> Res
         Ok(guard) => guard,
         Err(e) => return report(role, None, &e),
     };
-    let process = match Process::start(role) {
+    let process = match crate::faults::init(role).and_then(|()| Process::start(role)) {
         Ok(process) => process,
         Err(e) => return report(role, None, &e),
     };

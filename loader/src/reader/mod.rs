@@ -21,6 +21,8 @@ use serenity_protocol::{Error, Result};
 
 pub use aligned::{ALIGN, AlignedBuffer};
 
+use crate::faults;
+
 /// Largest single read handed to the kernel.
 const READ_BYTES_MAX: u64 = 2 << 20;
 /// Page size assumed for slabs whose manifest has none.
@@ -229,7 +231,8 @@ impl Reader {
     #[must_use]
     pub fn new(slab: Arc<SlabFile>) -> Self {
         static SAID: std::sync::Once = std::sync::Once::new();
-        let engine = match uring::Uring::new() {
+        let refused = faults::refuses("io_uring").then(|| std::io::Error::from(std::io::ErrorKind::PermissionDenied));
+        let engine = match refused.map_or_else(uring::Uring::new, Err) {
             Ok(ring) => Engine::Uring(Box::new(ring)),
             Err(e) => {
                 SAID.call_once(|| tracing::warn!("io_uring is not available ({e}); reading with threads instead"));
@@ -257,6 +260,7 @@ impl Reader {
         let ops = read_ops(&into.pieces, slab.page_bytes);
         {
             let _span = tracing::trace_span!("read", bytes).entered();
+            faults::delay_read();
             match &mut self.engine {
                 Engine::Uring(ring) => ring.read(&slab.file, slab.file_bytes, &ops, buffer),
                 Engine::Threads => threads::read(&slab.file, slab.file_bytes, &ops, buffer),

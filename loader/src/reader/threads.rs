@@ -6,6 +6,7 @@ use std::os::unix::fs::FileExt;
 use std::sync::Mutex;
 
 use super::{ReadOp, expected_len};
+use crate::faults;
 
 const THREADS: usize = 8;
 
@@ -52,10 +53,10 @@ fn read_one(file: &File, op: ReadOp, expected: usize, slice: &mut [u8]) -> Resul
     let mut done = 0;
     while done < expected {
         let offset = op.offset + done as u64;
-        match file.read_at(&mut slice[done..], offset) {
+        match faults::read(file.read_at(&mut slice[done..], offset)) {
             Ok(0) => return Err((offset, io::Error::from(io::ErrorKind::UnexpectedEof))),
             Ok(n) => done += n,
-            Err(e) if e.kind() == io::ErrorKind::Interrupted => {}
+            Err(e) if matches!(e.kind(), io::ErrorKind::Interrupted | io::ErrorKind::WouldBlock) => {}
             Err(e) => return Err((offset, e)),
         }
     }

@@ -10,6 +10,7 @@ use std::os::fd::AsRawFd;
 use io_uring::{IoUring, opcode, types};
 
 use super::{ReadOp, expected_len};
+use crate::faults;
 
 const DEPTH: usize = 32;
 
@@ -55,7 +56,7 @@ impl Uring {
             while let Some(entry) = self.ring.completion().next() {
                 in_flight -= 1;
                 let index = entry.user_data() as usize;
-                match outcome(entry.result(), &ops[index], &mut done[index], file_bytes) {
+                match outcome(faults::read_result(entry.result()), &ops[index], &mut done[index], file_bytes) {
                     Ok(true) => {}
                     Ok(false) => again.push(index),
                     Err(e) => failed = failed.or(Some(e)),

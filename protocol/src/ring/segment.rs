@@ -27,6 +27,7 @@ use super::words::{
 };
 use crate::config::PayloadForm;
 use crate::error::{Error, Result};
+use crate::faults::point;
 
 /// Where the kernel shows named segments.
 const SHM_FOLDER: &str = "/dev/shm";
@@ -201,12 +202,13 @@ impl Segment {
             Err(e) => return Err(Error::absent("cannot create the ring in shared memory").at(path).cause(e)),
         };
         shmem.set_owner(false);
+        point("segment-created");
         let file = File::options().read(true).write(true).open(&path).map_err(|e| Error::io("cannot open the ring", &path, e))?;
         if !lock(&file, RingRole::Loader.byte(), libc::F_WRLCK)? {
             return Ok(None);
         }
         // Without this, a full /dev/shm would show as SIGBUS at the first touch of a page.
-        if let Err(e) = posix_fallocate(file.as_fd(), 0, bytes as i64) {
+        if let Err(e) = reserve(&file, bytes) {
             let _ = std::fs::remove_file(&path);
             return Err(Error::try_again("shared memory is too small for the ring")
                 .at(path)
@@ -215,6 +217,7 @@ impl Segment {
                 .cause(e)
                 .advice("lower memory.stagehand.pinned_pool_mb, or give /dev/shm more room (mount -o remount,size=...)"));
         }
+        point("segment-reserved");
         let segment = Self::wrap(shmem, file, spec)?;
         let words = segment.words();
         let free = SlotWord { state: State::Free, epoch: 0, generation: 0 }.pack();
@@ -224,9 +227,12 @@ impl Segment {
         let head = spec.header();
         for (i, word) in head.into_iter().enumerate() {
             words.store(i, word);
+            point("header-torn");
         }
         words.store(header::CHECKSUM, checksum(&head));
+        point("header-written");
         words.store(header::READY, READY_TAG);
+        point("ring-open");
         Ok(Some(segment))
     }
 
@@ -432,9 +438,14 @@ impl Words for Segment {
         self.words().load(index)
     }
     fn store(&self, index: usize, value: u64) {
+        point("word");
         self.words().store(index, value);
+        if index == super::words::loader::EPOCH {
+            point("epoch-bumped");
+        }
     }
     fn swap(&self, index: usize, old: u64, new: u64) -> Result<(), u64> {
+        point("word");
         self.words().swap(index, old, new)
     }
 }
@@ -510,6 +521,16 @@ pub fn start_time(pid: u32) -> Option<u64> {
 fn boot_digest() -> u64 {
     let id = std::fs::read("/proc/sys/kernel/random/boot_id").unwrap_or_default();
     xxhash_rust::xxh3::xxh3_64(&id)
+}
+
+/// Reserves the pages; a signal interrupts the reservation of a large segment.
+fn reserve(file: &File, bytes: u64) -> nix::Result<()> {
+    loop {
+        match posix_fallocate(file.as_fd(), 0, bytes as i64) {
+            Err(nix::errno::Errno::EINTR) => {}
+            other => return other,
+        }
+    }
 }
 
 fn free_space_text() -> String {
