@@ -78,7 +78,7 @@ fn unsafe_code_lives_in_few_files() {
         "loader/src/reader/uring.rs",
         "loader/src/service.rs",
         "loader/src/bench.rs",
-        "trainer/src/ring_source.rs",
+        "trainer/src/ring_client.rs",
         "encoder/src/tensor.rs",
         "encoder/src/text/weights.rs",
         "cuda/src/driver.rs",

@@ -17,6 +17,7 @@ pub mod optimizer;
 pub mod parity;
 pub mod payload;
 pub mod plot;
+pub mod ring_client;
 pub mod ring_source;
 pub mod rng;
 pub mod run;

@@ -392,6 +392,15 @@ impl Segment {
         unsafe { std::slice::from_raw_parts(self.inner.shmem.as_ptr().add(self.inner.payload_at + slot * chunk), bytes as usize) }
     }
 
+    /// Where the payload slots lie in this process, and how many bytes they are together: a page-aligned run, slot after slot. For
+    /// registration with a device; it is unmapped with the last clone of this segment.
+    #[must_use]
+    pub fn payload_area(&self) -> (*mut u8, usize) {
+        let bytes = self.inner.spec.slots * self.inner.spec.chunk_bytes as usize;
+        // SAFETY: inside the mapping by the check in `wrap`.
+        (unsafe { self.inner.shmem.as_ptr().add(self.inner.payload_at) }, bytes)
+    }
+
     fn futex_of(&self, word: usize) -> &AtomicU32 {
         // SAFETY: the low half of a word inside the mapping; AtomicU32 has no stricter alignment than AtomicU64, and mixed-size
         // access is confined to the kernel's comparison and the load below.
@@ -407,7 +416,12 @@ impl Segment {
 
     /// Sleeps until the event count of `word` differs from `ticket`, at most [`WAIT_MAX`].
     pub fn wait(&self, word: usize, ticket: u32) {
-        let timeout = futex::Timespec { tv_sec: 0, tv_nsec: WAIT_MAX.as_nanos() as i64 };
+        self.wait_at_most(word, ticket, WAIT_MAX);
+    }
+
+    /// The same, at most `limit` where that is shorter.
+    pub fn wait_at_most(&self, word: usize, ticket: u32, limit: Duration) {
+        let timeout = futex::Timespec { tv_sec: 0, tv_nsec: limit.min(WAIT_MAX).as_nanos() as i64 };
         // Woken, timed out, interrupted or changed already: in each case the caller looks again.
         let _ = futex::wait(self.futex_of(word), futex::Flags::empty(), ticket, Some(&timeout));
     }
