@@ -3,8 +3,9 @@
 //! A plan is made once per shape: the library's heuristics give the algorithm, and the same library on the same device gives the same one
 //! in every run. Algorithms that reduce in place in the output are excluded, sums of partial products are float32 in the workspace.
 //! Pointer alignment counts up to 16 bytes only, so that where a matrix lies in memory cannot change the algorithm, and with it the bytes.
+//! For the same reason the heuristics are asked about dense matrices even where the operands are views, as long as both are aligned alike.
 
-use std::cell::RefCell;
+use std::cell::{Cell, RefCell};
 use std::collections::HashMap;
 use std::ffi::c_void;
 use std::sync::Arc;
@@ -21,6 +22,9 @@ pub const WORKSPACE_BYTES: usize = 32 << 20;
 
 /// Candidates asked of the heuristics.
 const CANDIDATES: usize = 8;
+
+/// Multiply-adds of a product that is worth planning for fewer multiprocessors.
+const LARGE: usize = 1 << 32;
 
 fn check(code: cublasStatus_t, what: &str) -> Result<()> {
     if code == cublasStatus_t::CUBLAS_STATUS_SUCCESS {
@@ -57,6 +61,41 @@ pub struct Shape {
     /// Bytes that the addresses of A, B and C are multiples of, at most 16.
     pub alignment: [u32; 3],
 }
+
+impl Shape {
+    /// Rows and columns of A, B and C as they are stored.
+    fn stored(&self) -> [(usize, usize); 3] {
+        let turned = |transposed: bool, rows: usize, cols: usize| if transposed { (cols, rows) } else { (rows, cols) };
+        [turned(self.transpose_a, self.m, self.k), turned(self.transpose_b, self.k, self.n), (self.m, self.n)]
+    }
+
+    /// The same product of dense matrices, where columns then still start at multiples of 16 bytes.
+    fn dense(&self) -> Self {
+        let types = [self.input, self.input, self.output];
+        let mut strides = self.strides;
+        for ((stride, (rows, _)), ty) in strides.iter_mut().zip(self.stored()).zip(types) {
+            if (*stride * ty.bytes()).is_multiple_of(16) && (rows * ty.bytes()).is_multiple_of(16) {
+                *stride = rows;
+            }
+        }
+        Self { strides, ..*self }
+    }
+
+    fn layouts(&self) -> Result<[Layout; 3]> {
+        let [(ar, ac), (br, bc), (cr, cc)] = self.stored();
+        let [sa, sb, sc] = self.strides;
+        Ok([Layout::new(self.input, ar, ac, sa)?, Layout::new(self.input, br, bc, sb)?, Layout::new(self.output, cr, cc, sc)?])
+    }
+}
+
+/// What the library writes its choices over.
+const NO_RESULT: sys::cublasLtMatmulHeuristicResult_t = sys::cublasLtMatmulHeuristicResult_t {
+    algo: sys::cublasLtMatmulAlgo_t { data: [0; 8] },
+    workspaceSize: 0,
+    state: cublasStatus_t::CUBLAS_STATUS_NOT_SUPPORTED,
+    wavesCount: 0.0,
+    reserved: [0; 4],
+};
 
 /// Bytes that an address is a multiple of, at most 16.
 #[must_use]
@@ -98,7 +137,7 @@ impl Drop for Layout {
 struct Operation(sys::cublasLtMatmulDesc_t);
 
 impl Operation {
-    fn new(shape: &Shape) -> Result<Self> {
+    fn new(shape: &Shape, multiprocessors: u32) -> Result<Self> {
         let mut raw = std::ptr::null_mut();
         // Float32 sums; of float32 inputs a true float32 product: TF32 would need CUBLAS_COMPUTE_32F_FAST_TF32.
         let compute = sys::cublasComputeType_t::CUBLAS_COMPUTE_32F;
@@ -114,6 +153,12 @@ impl Operation {
             // SAFETY: the description lives; the library reads the 4 bytes of `value` during the call.
             let code = unsafe { sys::cublasLtMatmulDescSetAttribute(raw, attribute, std::ptr::from_ref(&value).cast(), size_of::<i32>()) };
             check(code, "describing a transposition")?;
+        }
+        if let Some(count) = i32::try_from(multiprocessors).ok().filter(|count| *count > 0) {
+            let attribute = Attribute::CUBLASLT_MATMUL_DESC_SM_COUNT_TARGET;
+            // SAFETY: the description lives; the library reads the 4 bytes of `count` during the call.
+            let code = unsafe { sys::cublasLtMatmulDescSetAttribute(raw, attribute, std::ptr::from_ref(&count).cast(), size_of::<i32>()) };
+            check(code, "describing the device's share")?;
         }
         Ok(operation)
     }
@@ -181,7 +226,9 @@ struct Plan {
 pub struct Blas {
     handle: sys::cublasLtHandle_t,
     workspace: DeviceBuffer,
-    plans: RefCell<HashMap<Shape, Plan>>,
+    plans: RefCell<HashMap<(Shape, u32), Plan>>,
+    /// Multiprocessors that large products are planned for; 0 for all.
+    multiprocessors: Cell<u32>,
     context: Arc<Context>,
 }
 
@@ -199,9 +246,13 @@ impl Blas {
         let mut handle = std::ptr::null_mut();
         // SAFETY: `handle` outlives the call; a context is current. Destroyed once, in drop.
         check(unsafe { sys::cublasLtCreate(&mut handle) }, "opening the library")?;
-        let opened =
-            Self { handle, workspace: DeviceBuffer::new(context, WORKSPACE_BYTES)?, plans: RefCell::default(), context: context.clone() };
-        Ok(opened)
+        let workspace = DeviceBuffer::new(context, WORKSPACE_BYTES)?;
+        Ok(Self { handle, workspace, plans: RefCell::default(), multiprocessors: Cell::new(0), context: context.clone() })
+    }
+
+    /// From now on large products are planned for so many multiprocessors (0: all), because others are at work on the rest.
+    pub(crate) fn plan_for(&self, multiprocessors: u32) {
+        self.multiprocessors.set(multiprocessors);
     }
 
     /// Queues `C = alpha op(A) op(B) + beta C` on `stream`; with `beta` 0, C is not read. All products of one `Blas` must be queued on one
@@ -212,9 +263,10 @@ impl Blas {
     pub fn product(&self, stream: &Stream, shape: &Shape, [a, b, c]: [Ptr; 3], alpha: f32, beta: f32) -> Result<()> {
         self.context.bind()?;
         let mut plans = self.plans.borrow_mut();
-        let plan = match plans.entry(*shape) {
+        let multiprocessors = if shape.m * shape.n * shape.k >= LARGE { self.multiprocessors.get() } else { 0 };
+        let plan = match plans.entry((*shape, multiprocessors)) {
             std::collections::hash_map::Entry::Occupied(found) => found.into_mut(),
-            std::collections::hash_map::Entry::Vacant(vacant) => vacant.insert(self.plan(shape)?),
+            std::collections::hash_map::Entry::Vacant(vacant) => vacant.insert(self.plan(shape, multiprocessors)?),
         };
         let device = |ptr: Ptr| ptr.address() as *const c_void;
         // SAFETY: handle, descriptions and algorithm live in `self` and belong together; `alpha` and `beta` are read during the call
@@ -242,21 +294,31 @@ impl Blas {
         if code == cublasStatus_t::CUBLAS_STATUS_SUCCESS { Ok(()) } else { check(code, &format!("multiplying {shape:?}")) }
     }
 
-    fn plan(&self, shape: &Shape) -> Result<Plan> {
-        let Shape { transpose_a, transpose_b, m, n, k, strides: [sa, sb, sc], input, output, alignment } = *shape;
-        let stored = |transposed: bool, rows: usize, cols: usize| if transposed { (cols, rows) } else { (rows, cols) };
-        let (a_rows, a_cols) = stored(transpose_a, m, k);
-        let (b_rows, b_cols) = stored(transpose_b, k, n);
-        let operation = Operation::new(shape)?;
-        let (a, b, c) = (Layout::new(input, a_rows, a_cols, sa)?, Layout::new(input, b_rows, b_cols, sb)?, Layout::new(output, m, n, sc)?);
-        let preference = Preference::new(alignment)?;
-        let mut results = [sys::cublasLtMatmulHeuristicResult_t {
-            algo: sys::cublasLtMatmulAlgo_t { data: [0; 8] },
-            workspaceSize: 0,
-            state: cublasStatus_t::CUBLAS_STATUS_NOT_SUPPORTED,
-            wavesCount: 0.0,
-            reserved: [0; 4],
-        }; CANDIDATES];
+    fn plan(&self, shape: &Shape, multiprocessors: u32) -> Result<Plan> {
+        let operation = Operation::new(shape, multiprocessors)?;
+        let [a, b, c] = shape.layouts()?;
+        let dense = shape.dense();
+        let mut algorithm = self.choose(&dense, &operation, &dense.layouts()?)?;
+        if dense.strides != shape.strides && !self.runs(&operation, [&a, &b, &c], &algorithm) {
+            tracing::warn!("cuBLASLt has no common algorithm for views and dense matrices: {shape:?}");
+            algorithm = self.choose(shape, &operation, &[a, b, c])?;
+            let [a, b, c] = shape.layouts()?;
+            return Ok(Plan { operation, a, b, c, algorithm });
+        }
+        Ok(Plan { operation, a, b, c, algorithm })
+    }
+
+    /// Whether an algorithm can multiply matrices of these layouts.
+    fn runs(&self, operation: &Operation, [a, b, c]: [&Layout; 3], algorithm: &sys::cublasLtMatmulAlgo_t) -> bool {
+        let mut result = NO_RESULT;
+        // SAFETY: all descriptions live; the library writes one result.
+        let code = unsafe { sys::cublasLtMatmulAlgoCheck(self.handle, operation.0, a.0, b.0, c.0, c.0, algorithm, &mut result) };
+        code == cublasStatus_t::CUBLAS_STATUS_SUCCESS && result.workspaceSize <= WORKSPACE_BYTES
+    }
+
+    fn choose(&self, shape: &Shape, operation: &Operation, [a, b, c]: &[Layout; 3]) -> Result<sys::cublasLtMatmulAlgo_t> {
+        let preference = Preference::new(shape.alignment)?;
+        let mut results = [NO_RESULT; CANDIDATES];
         let mut count = 0;
         // SAFETY: all descriptions live; the library writes at most CANDIDATES results.
         let code = unsafe {
@@ -276,10 +338,7 @@ impl Blas {
         check(code, &format!("choosing an algorithm for {shape:?}"))?;
         let usable = results.iter().take(usize::try_from(count).unwrap_or(0));
         let best = usable.into_iter().find(|r| r.state == cublasStatus_t::CUBLAS_STATUS_SUCCESS && r.workspaceSize <= WORKSPACE_BYTES);
-        let Some(best) = best else {
-            return Err(Error::invariant("cuBLASLt has no algorithm for a product").found(format!("{shape:?}")));
-        };
-        Ok(Plan { operation, a, b, c, algorithm: best.algo })
+        best.map(|r| r.algo).ok_or_else(|| Error::invariant("cuBLASLt has no algorithm for a product").found(format!("{shape:?}")))
     }
 
     /// Version of the library, e.g. 130100.

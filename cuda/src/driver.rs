@@ -325,6 +325,19 @@ pub fn download(context: &Context, to: &mut [u8], from: Ptr) -> Result<()> {
     check(unsafe { sys::cuMemcpyDtoH_v2(to.as_mut_ptr().cast(), from.0, to.len()) }, "copying from the device")
 }
 
+/// Whose work goes first where several streams have some.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Priority {
+    /// Copies from the host.
+    Copies,
+    /// What others will wait for.
+    First,
+    /// Products and everything between them.
+    Normal,
+    /// What can wait.
+    Last,
+}
+
 /// An ordered queue of device work.
 #[derive(Debug)]
 pub struct Stream {
@@ -336,19 +349,27 @@ pub struct Stream {
 unsafe impl Send for Stream {}
 
 impl Stream {
-    /// A stream that does not wait for the legacy default stream; `urgent` ones go before others where both have work.
+    /// A stream that does not wait for the legacy default stream.
     ///
     /// # Errors
     /// The driver's.
-    pub fn new(context: &Arc<Context>, urgent: bool) -> Result<Self> {
+    pub fn new(context: &Arc<Context>, priority: Priority) -> Result<Self> {
         context.bind()?;
         let (mut least, mut greatest) = (0, 0);
         // SAFETY: both outlive the call; a context is current.
         check(unsafe { sys::cuCtxGetStreamPriorityRange(&mut least, &mut greatest) }, "asking for stream priorities")?;
+        // Lower numbers go first. A driver with fewer than four levels lets neighbours share one.
+        let level = match priority {
+            Priority::Copies => greatest,
+            Priority::First => greatest + 1,
+            Priority::Normal => greatest + 2,
+            Priority::Last => least,
+        };
+        let level = level.clamp(greatest.min(least), least.max(greatest));
         let mut raw = std::ptr::null_mut();
         let flags = sys::CUstream_flags_enum::CU_STREAM_NON_BLOCKING as u32;
         // SAFETY: `raw` outlives the call; the priority is one that the driver named. Destroyed once, in drop.
-        check(unsafe { sys::cuStreamCreateWithPriority(&mut raw, flags, if urgent { greatest } else { least }) }, "making a stream")?;
+        check(unsafe { sys::cuStreamCreateWithPriority(&mut raw, flags, level) }, "making a stream")?;
         Ok(Self { raw, context: context.clone() })
     }
 

@@ -1,6 +1,7 @@
 //! One device, ready to work: context, streams, kernels, the product library and its workspace.
 #![forbid(unsafe_code)]
 
+use std::cell::Cell;
 use std::collections::HashMap;
 use std::sync::Arc;
 
@@ -9,9 +10,10 @@ use serenity_protocol::{Error, Result};
 
 use crate::attention::Engines;
 use crate::blas::Blas;
-use crate::driver::{self, Arg, Context, Kernel, Module, Ptr, Stream};
+use crate::driver::{self, Arg, Context, Kernel, Module, Priority, Ptr, Stream};
 use crate::kernels;
 use crate::mat::Mat;
+use crate::tuning::{Side, Tuning};
 
 /// The oldest generation that has bf16: compute capability 8.0.
 pub const CAPABILITY_MIN: u32 = 80;
@@ -56,6 +58,9 @@ pub struct Gpu {
     pub(crate) attention: Engines,
     compute: Stream,
     copy: Stream,
+    /// Behind and before the compute stream.
+    sides: [Stream; 2],
+    tuning: Cell<Tuning>,
     properties: Properties,
     free_at_open: u64,
     // Last: everything above lives in it.
@@ -79,9 +84,54 @@ impl Gpu {
                 .advice("choose another device, or the CPU"));
         }
         let (modules, kernels) = load_kernels(&context, properties.capability)?;
-        let (compute, copy) = (Stream::new(&context, false)?, Stream::new(&context, true)?);
+        let stream = |priority| Stream::new(&context, priority);
+        let (compute, copy) = (stream(Priority::Normal)?, stream(Priority::Copies)?);
+        let sides = [stream(Priority::Last)?, stream(Priority::First)?];
         let blas = Blas::new(&context)?;
-        Ok(Self { kernels, _modules: modules, blas, attention: Engines::default(), compute, copy, properties, free_at_open, context })
+        let (modules, attention) = (modules, Engines::default());
+        let gpu = Self {
+            kernels,
+            _modules: modules,
+            blas,
+            attention,
+            compute,
+            copy,
+            sides,
+            tuning: Cell::default(),
+            properties,
+            free_at_open,
+            context,
+        };
+        gpu.tune(Tuning::from_environment()?)?;
+        Ok(gpu)
+    }
+
+    /// How work is laid over streams and multiprocessors.
+    #[must_use]
+    pub fn tuning(&self) -> Tuning {
+        self.tuning.get()
+    }
+
+    /// Changes that, after all work has ended.
+    ///
+    /// # Errors
+    /// A fault of earlier work.
+    pub fn tune(&self, tuning: Tuning) -> Result<()> {
+        self.sync()?;
+        self.blas.plan_for(tuning.multiprocessors);
+        self.tuning.set(tuning);
+        Ok(())
+    }
+
+    /// The stream that dequantisation runs on. It meets the compute stream in events only, unless it is that.
+    #[must_use]
+    pub fn side(&self) -> &Stream {
+        let [last, first] = &self.sides;
+        match self.tuning.get().side {
+            Side::Off => &self.compute,
+            Side::Low => last,
+            Side::High => first,
+        }
     }
 
     /// The device's properties.

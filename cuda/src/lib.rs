@@ -26,9 +26,11 @@ pub mod libraries;
 pub mod mat;
 pub mod nvrtc;
 pub mod ops;
+pub mod tuning;
 
 pub use arena::{Arena, Mark};
 pub use driver::{Arg, Event, Ptr, Stream};
 pub use gpu::{Gpu, MemoryInfo, Properties};
 pub use host::HostSource;
 pub use mat::{Mat, Ty};
+pub use tuning::{Side, Tuning};

@@ -72,6 +72,9 @@ struct GpuCheckArgs {
     /// Steps to time, after two that warm up
     #[arg(long, default_value_t = 10, value_name = "N")]
     steps: usize,
+    /// Time this tuning too, e.g. side=high,blocks=16,sms=116; may be given several times
+    #[arg(long = "variant", value_name = "TUNING")]
+    variants: Vec<String>,
     /// A JSON object for each line on standard output
     #[arg(long)]
     json: bool,
@@ -181,6 +184,7 @@ fn run_gpu_check(args: &GpuCheckArgs) -> Result<()> {
         resolution: args.resolution,
         accumulation: args.accumulation,
         steps: args.steps,
+        variants: args.variants.clone(),
     };
     let ok = check::run(&options, &mut |line| {
         let json = args.json.then(|| serde_json::to_string(line).unwrap_or_default());

@@ -5,6 +5,7 @@ use serenity_protocol::Result;
 use serenity_protocol::slab::quant;
 
 use super::{Check, Expected, Work, limit};
+use crate::gpu::Gpu;
 use crate::mat::{Mat, Ty};
 use crate::ops::rows::Int8Rows;
 
@@ -46,7 +47,13 @@ pub fn dequant(check: &mut Check<'_>) -> Result<()> {
             let bytes = (rows * padded + rows * cols * ty.bytes()) as f64;
             let work = if rows >= 1000 { Work::Bytes(bytes) } else { Work::None };
             let name = format!("{} {rows} x {cols} of {padded}", ty.name());
-            check.case(name, 0.0, &[Expected { mat, values: values.clone() }], work, &|gpu| gpu.dequant_rows(mat, from))?;
+            check.case(name.clone(), 0.0, &[Expected { mat, values: values.clone() }], work, &|gpu| gpu.dequant_rows(mat, from))?;
+            for blocks in [1, 8, 16, 32].into_iter().filter(|b| ty == Ty::Bf16 && (*b == 8 || rows >= 1000)) {
+                let name = format!("{name}, {blocks} blocks");
+                let work = if rows >= 1000 { Work::Bytes(bytes) } else { Work::None };
+                let run = |gpu: &Gpu| gpu.dequant_rows_on(gpu.compute(), blocks, mat, from);
+                check.case(name, 0.0, &[Expected { mat, values: values.clone() }], work, &run)?;
+            }
         }
         check.arena.reset(mark)?;
     }

@@ -4,7 +4,7 @@
 use serenity_protocol::Result;
 
 use super::{BLOCK, THREADS, check_modulation, grid, int, variant};
-use crate::driver::{Arg, Ptr};
+use crate::driver::{Arg, Ptr, Stream};
 use crate::gpu::Gpu;
 use crate::mat::Mat;
 
@@ -16,8 +16,13 @@ fn view(mat: Mat) -> [Arg; 2] {
 impl Gpu {
     /// Queues an elementwise kernel over `shape`, choosing its variant by all of `mats`.
     fn elementwise(&self, name: &str, shape: Mat, mats: &[Mat], args: &[Arg]) -> Result<()> {
+        self.elementwise_on(self.compute(), name, shape, mats, args)
+    }
+
+    fn elementwise_on(&self, stream: &Stream, name: &str, shape: Mat, mats: &[Mat], args: &[Arg]) -> Result<()> {
         let (name, lanes) = variant(name, mats);
-        self.launch(&name, grid(shape.rows, shape.cols, lanes * THREADS as usize)?, BLOCK, 0, args)
+        let grid = grid(shape.rows, shape.cols, lanes * THREADS as usize)?;
+        self.kernel(&name)?.launch(stream, &name, grid, BLOCK, 0, args)
     }
 
     /// `m = silu(gate) value`; `m` may be either of them.
@@ -82,7 +87,7 @@ impl Gpu {
     /// [`serenity_protocol::Error::Invariant`] if the shapes do not fit.
     pub fn add(&self, out: Mat, a: Mat, b: Mat, factor: f32) -> Result<()> {
         a.expect_shape("a summand", out.ty, out.rows, out.cols)?;
-        self.sum(out, Some(a), b, factor)
+        self.sum(self.compute(), out, Some(a), b, factor)
     }
 
     /// `y += alpha x`.
@@ -98,16 +103,24 @@ impl Gpu {
     /// # Errors
     /// [`serenity_protocol::Error::Invariant`] if the shapes do not fit.
     pub fn cast(&self, out: Mat, x: Mat) -> Result<()> {
-        self.sum(out, None, x, 1.0)
+        self.cast_on(self.compute(), out, x)
     }
 
-    fn sum(&self, out: Mat, a: Option<Mat>, b: Mat, factor: f32) -> Result<()> {
+    /// The same on `stream`.
+    ///
+    /// # Errors
+    /// [`serenity_protocol::Error::Invariant`] if the shapes do not fit.
+    pub fn cast_on(&self, stream: &Stream, out: Mat, x: Mat) -> Result<()> {
+        self.sum(stream, out, None, x, 1.0)
+    }
+
+    fn sum(&self, stream: &Stream, out: Mat, a: Option<Mat>, b: Mat, factor: f32) -> Result<()> {
         b.expect_shape("a summand", b.ty, out.rows, out.cols)?;
         let mut args = view(out).to_vec();
         args.extend_from_slice(&[a.map_or(Ptr::NULL, |a| a.ptr).into(), a.map_or(0, |a| a.stride).into()]);
         args.extend(view(b));
         args.extend_from_slice(&[factor.into(), out.cols.into()]);
-        self.elementwise(&format!("add_{}_{}", out.ty.name(), b.ty.name()), out, &[out, a.unwrap_or(out), b], &args)
+        self.elementwise_on(stream, &format!("add_{}_{}", out.ty.name(), b.ty.name()), out, &[out, a.unwrap_or(out), b], &args)
     }
 
     /// `y = x sigmoid(x)`; `y` may be `x`.

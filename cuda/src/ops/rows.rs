@@ -4,9 +4,12 @@
 use serenity_protocol::{Error, Result};
 
 use super::{BLOCK, THREADS, check_modulation, grid, int, variant};
-use crate::driver::Ptr;
+use crate::driver::{Ptr, Stream};
 use crate::gpu::Gpu;
 use crate::mat::{Mat, Ty};
+
+/// Threads of a block of `dequant_few_bf16`.
+const FEW_THREADS: u32 = 1024;
 
 /// Rows of INT8 codes with a float32 scale each, as a slab's payload has them.
 #[derive(Debug, Clone, Copy)]
@@ -100,6 +103,15 @@ impl Gpu {
     /// # Errors
     /// [`Error::Invariant`] if the shapes do not fit.
     pub fn dequant_rows(&self, out: Mat, from: Int8Rows) -> Result<()> {
+        self.dequant_rows_on(self.compute(), 0, out, from)
+    }
+
+    /// The same on `stream`; with `blocks`, by so many thread blocks at most, each of which fills a multiprocessor: the rest of the device
+    /// is left to others. (Where rows are not made of 16-byte pieces, and for float32, by as many as there is work.)
+    ///
+    /// # Errors
+    /// [`Error::Invariant`] if the shapes do not fit.
+    pub fn dequant_rows_on(&self, stream: &Stream, blocks: u32, out: Mat, from: Int8Rows) -> Result<()> {
         if out.rows != from.rows || out.cols > from.padded {
             return Err(Error::invariant("codes and weights differ in shape")
                 .expected(format!("{} x {}", from.rows, from.padded))
@@ -109,9 +121,6 @@ impl Gpu {
             return Ok(());
         }
         let wide = out.wide(16) && from.codes.address().is_multiple_of(16) && from.padded.is_multiple_of(16);
-        let name = format!("dequant_rows_{}{}", out.ty.name(), if wide { "" } else { "_1" });
-        let threads = THREADS as usize;
-        let grid = if wide { grid(out.rows.div_ceil(4), out.cols, 16 * threads)? } else { grid(out.rows, out.cols, threads)? };
         let args = [
             out.ptr.into(),
             out.stride.into(),
@@ -121,7 +130,15 @@ impl Gpu {
             out.rows.into(),
             out.cols.into(),
         ];
-        self.launch(&name, grid, BLOCK, 0, &args)
+        let items = out.rows.div_ceil(4) * (out.cols / 16);
+        if wide && blocks > 0 && out.ty == Ty::Bf16 && u32::try_from(items + (blocks * FEW_THREADS) as usize).is_ok() {
+            let grid = [blocks.min(u32::try_from(items.div_ceil(FEW_THREADS as usize)).unwrap_or(blocks)), 1, 1];
+            return self.kernel("dequant_few_bf16")?.launch(stream, "dequant_few_bf16", grid, [FEW_THREADS, 1, 1], 0, &args);
+        }
+        let name = format!("dequant_rows_{}{}", out.ty.name(), if wide { "" } else { "_1" });
+        let threads = THREADS as usize;
+        let grid = if wide { grid(out.rows.div_ceil(4), out.cols, 16 * threads)? } else { grid(out.rows, out.cols, threads)? };
+        self.kernel(&name)?.launch(stream, &name, grid, BLOCK, 0, &args)
     }
 
     /// `y = (1 + scale) LN(x) + shift`; `shift` and `scale` `[B, D]` float32, views of a wider matrix are fine if both have one stride.

@@ -269,6 +269,8 @@ impl Blocks {
         self.open = Some(place);
         let slot = self.slots.get(place.first).ok_or_else(missing)?;
         clock.on(gpu, gpu.compute(), Phase::Wait, || gpu.compute().wait(&slot.ready))?;
+        // Whoever dequantises reads it too; products that wait for the result hold `used` back until it has.
+        gpu.side().wait(&slot.ready)?;
         Ok(self.payloads.get(usize::from(due.0)).ok_or_else(missing)?.weights(slot.base))
     }
 

@@ -50,6 +50,8 @@ pub struct Options {
     pub accumulation: usize,
     /// Timed steps.
     pub steps: usize,
+    /// Tunings to time after the one of the environment, see [`serenity_cuda::Tuning`].
+    pub variants: Vec<String>,
 }
 
 /// A line of the result.
@@ -483,16 +485,22 @@ fn streamed(options: &Options, emit: &mut dyn FnMut(Line)) -> Result<()> {
     let g = model.geometry();
     let (adapters, batches, optimizer) = (everything(g, 8)?, test_batches(g)?, OPTIMIZER);
     let mut reference: Option<blake3::Hash> = None;
-    let ways: [(&str, Kind, (usize, usize), usize); 7] = [
-        ("INT8, all resident", Kind::Int8, (1, 1), usize::MAX),
-        ("INT8, all resident, again", Kind::Int8, (1, 1), usize::MAX),
-        ("INT8, one buffer", Kind::Int8, (1, 1), 0),
-        ("INT8, two buffers", Kind::Int8, (2, 2), 0),
-        ("INT8, three buffers and a resident block", Kind::Int8, (3, 3), 1),
-        ("bf16, two buffers", Kind::Bf16, (2, 2), 0),
-        ("bf16, all resident", Kind::Bf16, (1, 1), usize::MAX),
+    type Way<'w> = (&'w str, Kind, (usize, usize), usize, &'w str);
+    let ways: [Way<'_>; 12] = [
+        ("INT8, all resident", Kind::Int8, (1, 1), usize::MAX, ""),
+        ("INT8, all resident, again", Kind::Int8, (1, 1), usize::MAX, ""),
+        ("INT8, one buffer", Kind::Int8, (1, 1), 0, ""),
+        ("INT8, two buffers", Kind::Int8, (2, 2), 0, ""),
+        ("INT8, three buffers and a resident block", Kind::Int8, (3, 3), 1, ""),
+        ("bf16, two buffers", Kind::Bf16, (2, 2), 0, ""),
+        ("bf16, all resident", Kind::Bf16, (1, 1), usize::MAX, ""),
+        ("INT8, dequantised by pieces", Kind::Int8, (2, 2), 0, "keep=0"),
+        ("INT8, dequantised beside products", Kind::Int8, (1, 1), usize::MAX, "side=low"),
+        ("INT8, beside products, streamed", Kind::Int8, (2, 2), 0, "side=high,blocks=2"),
+        ("INT8, beside products, one buffer", Kind::Int8, (1, 1), 0, "side=high,blocks=1"),
+        ("INT8, beside products, by pieces", Kind::Int8, (2, 2), 0, "side=high,blocks=4,keep=0"),
     ];
-    for (name, kind, buffers, resident_max) in ways {
+    for (name, kind, buffers, resident_max, tuning) in ways {
         let sizes = batches.iter().map(sizes).collect::<Result<_>>()?;
         let setup = Setup {
             model: &model,
@@ -504,6 +512,8 @@ fn streamed(options: &Options, emit: &mut dyn FnMut(Line)) -> Result<()> {
             limits: Limits { buffers, resident_max, ..Limits::default() },
         };
         let mut step = build(options, setup)?;
+        // Pieces so small that matrices of this model are cut.
+        step.tune(format!("piece=20000,{tuning}").parse()?)?;
         for number in 1..=20u32 {
             step.gradients(&batches, &|| false)?;
             step.norm()?;
@@ -618,29 +628,38 @@ fn timing(options: &Options, emit: &mut dyn FnMut(Line)) -> Result<()> {
         step.gpu().sync()?;
         Ok(started.elapsed().as_secs_f64())
     };
-    one(&mut step)?;
-    one(&mut step)?;
-    let before = step.stats();
-    let mut seconds = (0..options.steps.max(1)).map(|_| one(&mut step)).collect::<Result<Vec<f64>>>()?;
-    let moved = (step.stats().bytes - before.bytes) as f64 / options.steps.max(1) as f64;
-    seconds.sort_by(f64::total_cmp);
-    let at = |i: usize| seconds.get(i).copied().unwrap_or(f64::NAN);
-    let (high, driver) = step.memory()?;
-    let what = format!("{} px, {} micro-batches, {} steps", options.resolution, batches.len(), seconds.len());
-    let note = format!(
-        "median {:.4} s, {:.4} to {:.4}; {:.2} GB a step ({:.1} GB/s); arena {} MiB, driver {} MiB",
-        at(seconds.len() / 2),
-        at(0),
-        at(seconds.len() - 1),
-        moved / 1e9,
-        moved / 1e9 / at(seconds.len() / 2),
-        high >> 20,
-        driver.used_by_process_estimate >> 20,
-    );
-    emit(holds(what, true, note));
-    step.measure(true);
-    one(&mut step)?;
-    let times = step.times()?;
-    emit(holds("milliseconds by phase (copy overlaps)", true, format!("{times:?}")));
+    let what = format!("{} px, {} micro-batches, {} steps", options.resolution, batches.len(), options.steps.max(1));
+    let mut variants = vec![(what, None)];
+    variants.extend(options.variants.iter().map(|text| (text.clone(), Some(text))));
+    for (what, variant) in variants {
+        if let Some(text) = variant {
+            step.tune(text.parse()?)?;
+        }
+        step.measure(false);
+        one(&mut step)?;
+        one(&mut step)?;
+        let before = step.stats();
+        let mut seconds = (0..options.steps.max(1)).map(|_| one(&mut step)).collect::<Result<Vec<f64>>>()?;
+        let moved = (step.stats().bytes - before.bytes) as f64 / options.steps.max(1) as f64;
+        seconds.sort_by(f64::total_cmp);
+        let at = |i: usize| seconds.get(i).copied().unwrap_or(f64::NAN);
+        let (high, driver) = step.memory()?;
+        let note = format!(
+            "median {:.4} s, {:.4} to {:.4}; {:.2} GB a step ({:.1} GB/s); arena {} MiB, driver {} MiB; {:?}",
+            at(seconds.len() / 2),
+            at(0),
+            at(seconds.len() - 1),
+            moved / 1e9,
+            moved / 1e9 / at(seconds.len() / 2),
+            high >> 20,
+            driver.used_by_process_estimate >> 20,
+            step.host_times(),
+        );
+        emit(holds(what, true, note));
+        step.measure(true);
+        one(&mut step)?;
+        let times = step.times()?;
+        emit(holds("milliseconds by phase (copy overlaps)", true, format!("{times:?}")));
+    }
     Ok(())
 }

@@ -1,7 +1,8 @@
 //! Where the device's time goes, by events around the work. Off unless asked for: events cost the host time.
 #![forbid(unsafe_code)]
 
-use std::cell::RefCell;
+use std::cell::{Cell, RefCell};
+use std::time::Instant;
 
 use serde::Serialize;
 use serenity_cuda::{Event, Gpu, Stream};
@@ -14,8 +15,10 @@ pub enum Phase {
     Copy,
     /// The compute stream waiting for a block.
     Wait,
-    /// INT8 to bf16.
+    /// INT8 to bf16, on the side stream if there is one.
     Dequantise,
+    /// The compute stream waiting for that.
+    Tile,
     /// Matrix products.
     Gemm,
     /// Attention.
@@ -26,17 +29,40 @@ pub enum Phase {
     Optimiser,
 }
 
-/// Milliseconds by phase. `copy` overlaps with the others.
+/// Milliseconds by phase. `copy` overlaps with the others, and so does `dequantise` where it has a stream of its own.
 #[derive(Debug, Clone, Copy, Default, PartialEq, Serialize)]
 #[allow(missing_docs)] // the phases, in milliseconds
 pub struct Times {
     pub copy: f64,
     pub wait: f64,
     pub dequantise: f64,
+    pub tile: f64,
     pub gemm: f64,
     pub attention: f64,
     pub elementwise: f64,
     pub optimiser: f64,
+}
+
+/// How far the host is in a step.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Stage {
+    /// The step begins.
+    Begun,
+    /// Its inputs are on the device, which until now had nothing to do.
+    Entered,
+    /// All its work is queued.
+    Queued,
+    /// The device has done it.
+    Done,
+}
+
+/// Milliseconds of the host in the last step: with its inputs, queueing work, waiting for the device.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Serialize)]
+#[allow(missing_docs)]
+pub struct HostTimes {
+    pub inputs: f64,
+    pub queueing: f64,
+    pub waiting: f64,
 }
 
 /// Spans of work since the last [`Clock::take`].
@@ -45,6 +71,8 @@ pub struct Clock {
     enabled: bool,
     spans: RefCell<Vec<(Phase, Event, Event)>>,
     idle: RefCell<Vec<Event>>,
+    stage: Cell<Option<Instant>>,
+    host: Cell<HostTimes>,
 }
 
 impl Clock {
@@ -57,6 +85,25 @@ impl Clock {
     /// Switches it on or off.
     pub fn enable(&mut self, enabled: bool) {
         self.enabled = enabled;
+    }
+
+    /// The host has come to `stage`. Costs next to nothing and is always on.
+    pub fn at(&self, stage: Stage) {
+        let since = |from: Option<Instant>| from.map_or(0.0, |t| t.elapsed().as_secs_f64() * 1e3);
+        let ms = since(self.stage.replace(Some(Instant::now())));
+        let host = self.host.get();
+        self.host.set(match stage {
+            Stage::Begun => HostTimes::default(),
+            Stage::Entered => HostTimes { inputs: ms, ..host },
+            Stage::Queued => HostTimes { queueing: ms, ..host },
+            Stage::Done => HostTimes { waiting: ms, ..host },
+        });
+    }
+
+    /// The host's times of the last step.
+    #[must_use]
+    pub fn host(&self) -> HostTimes {
+        self.host.get()
     }
 
     fn event(&self, gpu: &Gpu) -> Result<Event> {
@@ -98,6 +145,7 @@ impl Clock {
                 Phase::Copy => &mut times.copy,
                 Phase::Wait => &mut times.wait,
                 Phase::Dequantise => &mut times.dequantise,
+                Phase::Tile => &mut times.tile,
                 Phase::Gemm => &mut times.gemm,
                 Phase::Attention => &mut times.attention,
                 Phase::Elementwise => &mut times.elementwise,

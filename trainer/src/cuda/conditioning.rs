@@ -5,6 +5,7 @@ use std::collections::HashMap;
 
 use candle_core::{DType, Device, Tensor};
 use half::bf16;
+use rayon::prelude::*;
 use serenity_cuda::{Gpu, Mat, Ptr, Ty};
 use serenity_protocol::geometry::{BlockId, TransformerGeometry};
 use serenity_protocol::{Error, Result};
@@ -15,17 +16,52 @@ use crate::model::{OtherWeights, sinusoid, tensor_error};
 
 /// The bytes of a tensor of the CPU in row-major order, as `ty`, little endian as every host of such a device.
 ///
+/// A step's inputs go through here while the device has nothing to do: values are read in place and rounded on all processors.
+///
 /// # Errors
 /// [`Error::Invariant`] if it cannot be read.
 pub fn bytes_of(tensor: &Tensor, ty: Ty) -> Result<Vec<u8>> {
     let read = || -> candle_core::Result<Vec<u8>> {
-        let flat = tensor.to_device(&Device::Cpu)?.flatten_all()?;
-        Ok(match ty {
-            Ty::F32 => bytemuck::cast_slice(&flat.to_dtype(DType::F32)?.to_vec1::<f32>()?).to_vec(),
-            Ty::Bf16 => bytemuck::cast_slice(&flat.to_dtype(DType::BF16)?.to_vec1::<bf16>()?).to_vec(),
+        let tensor = tensor.to_device(&Device::Cpu)?;
+        let tensor = match tensor.dtype() {
+            DType::F32 | DType::BF16 => tensor,
+            _ => tensor.to_dtype(DType::F32)?,
+        };
+        let tensor = tensor.contiguous()?;
+        let (storage, layout) = tensor.storage_and_layout();
+        let candle_core::Storage::Cpu(storage) = &*storage else { candle_core::bail!("the tensor is not the processor's") };
+        let range = layout.start_offset()..layout.start_offset() + layout.shape().elem_count();
+        let outside = || candle_core::Error::Msg("the tensor is smaller than its shape".into());
+        Ok(match tensor.dtype() {
+            DType::F32 => {
+                let values = storage.as_slice::<f32>()?.get(range).ok_or_else(outside)?;
+                if ty == Ty::F32 { bytemuck::cast_slice(values).to_vec() } else { rounded(values) }
+            }
+            _ => {
+                let values = storage.as_slice::<bf16>()?.get(range).ok_or_else(outside)?;
+                match ty {
+                    Ty::Bf16 => bytemuck::cast_slice(values).to_vec(),
+                    Ty::F32 => values.iter().flat_map(|v| v.to_f32().to_le_bytes()).collect(),
+                }
+            }
         })
     };
     read().map_err(|e| tensor_error("a tensor cannot be read", e))
+}
+
+/// bf16 to nearest, ties to even, as `bf16::from_f32` does it, but without branches: the compiler makes vector code of it.
+fn rounded(values: &[f32]) -> Vec<u8> {
+    const PIECE: usize = 1 << 16;
+    let mut bytes = vec![0u8; 2 * values.len()];
+    bytes.par_chunks_mut(2 * PIECE).zip(values.par_chunks(PIECE)).for_each(|(to, from)| {
+        for (to, value) in to.chunks_exact_mut(2).zip(from) {
+            let bits = value.to_bits();
+            let nearest = (bits.wrapping_add(0x7fff + ((bits >> 16) & 1))) >> 16;
+            let number = if bits & 0x7fff_ffff > 0x7f80_0000 { bits >> 16 | 0x40 } else { nearest };
+            to.copy_from_slice(&(number as u16).to_le_bytes());
+        }
+    });
+    bytes
 }
 
 /// The linears outside the blocks and all norm weights, resident on the device.
@@ -204,5 +240,44 @@ impl Conditioning {
         c.product(|gpu| gpu.gemm_nt(hidden, wave, first, 1.0, 0.0))?;
         c.pass(|gpu| gpu.silu(hidden, hidden))?;
         c.product(|gpu| gpu.gemm_nt(self.temb, hidden, second, 1.0, if add { 1.0 } else { 0.0 }))
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    #![allow(clippy::unwrap_used, clippy::expect_used)]
+    use super::*;
+
+    #[test]
+    fn bytes_are_those_of_the_plain_conversion() {
+        let special = [
+            0.0,
+            -0.0,
+            1.0,
+            -1.5,
+            f32::MAX,
+            f32::MIN_POSITIVE,
+            1e-40,
+            f32::INFINITY,
+            f32::NEG_INFINITY,
+            f32::NAN,
+            1.003_906_2,
+            1.011_718_8,
+        ];
+        let values: Vec<f32> = special.into_iter().chain((0..200_000u32).map(|i| f32::from_bits(i.wrapping_mul(0x9e37_79b1)))).collect();
+        let tensor = Tensor::from_vec(values.clone(), values.len(), &Device::Cpu).unwrap();
+        let expected: Vec<u8> = values.iter().flat_map(|v| bf16::from_f32(*v).to_le_bytes()).collect();
+        assert!(bytes_of(&tensor, Ty::Bf16).unwrap() == expected);
+        let exact: Vec<u8> = values.iter().flat_map(|v| v.to_le_bytes()).collect();
+        assert!(bytes_of(&tensor, Ty::F32).unwrap() == exact);
+        // Views, other types.
+        let half = tensor.narrow(0, 5, 1000).unwrap();
+        assert!(bytes_of(&half, Ty::F32).unwrap() == exact[20..4020]);
+        let turned = tensor.narrow(0, 0, 1000).unwrap().reshape((10, 100)).unwrap().t().unwrap();
+        let flat = turned.flatten_all().unwrap().to_vec1::<f32>().unwrap();
+        assert!(bytes_of(&turned, Ty::F32).unwrap() == flat.iter().flat_map(|v| v.to_le_bytes()).collect::<Vec<u8>>());
+        let small = half.to_dtype(DType::BF16).unwrap();
+        assert!(bytes_of(&small, Ty::Bf16).unwrap() == expected[10..2010]);
+        assert_eq!(bytes_of(&small, Ty::F32).unwrap().len(), 4000);
     }
 }

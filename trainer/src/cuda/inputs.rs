@@ -11,7 +11,7 @@
 
 use std::fmt;
 
-use serenity_cuda::driver::Pinned;
+use serenity_cuda::driver::{Pinned, Priority};
 use serenity_cuda::{Event, Gpu, Mat, Stream};
 use serenity_protocol::{Error, Result};
 
@@ -121,8 +121,8 @@ impl Traffic {
     pub fn new(gpu: &Gpu, turns: Turns, host: usize) -> Result<Self> {
         let context = gpu.context();
         Ok(Self {
-            save: Stream::new(context, true)?,
-            fetch: Stream::new(context, true)?,
+            save: Stream::new(context, Priority::Copies)?,
+            fetch: Stream::new(context, Priority::Copies)?,
             saved: Event::new(context)?,
             fetched: Event::new(context)?,
             memory: if host > 0 { Some(Pinned::new(context, host)?) } else { None },

@@ -1,8 +1,8 @@
 //! A frozen linear on the device with an optional LoRA branch: [`crate::model::ops::linear`] on the engine.
 //!
-//! The matrix is INT8 with row scales, bf16 or float32. It is brought into the type of the activations and multiplied tile by tile: by rows
-//! forward, by columns backward, so that no tile adds to another's result. The tiles depend on the matrix's shape alone, so that a result does
-//! not depend on the form or place of the weights.
+//! The matrix is INT8 with row scales, bf16 or float32. It is brought into the type of the activations (see [`super::tiles`]) and multiplied
+//! piece by piece: by rows forward, by columns backward, so that no piece adds to another's result. The pieces depend on the matrix's shape
+//! alone, so that a result does not depend on the form or place of the weights.
 #![forbid(unsafe_code)]
 
 use serenity_cuda::ops::rows::Int8Rows;
@@ -11,11 +11,7 @@ use serenity_protocol::{Error, Result};
 
 use super::attention::Engines;
 use super::clock::{Clock, Phase};
-
-/// Elements of the largest tile, about: 256 MiB of bf16.
-pub const TILE_ELEMENTS: usize = 1 << 27;
-/// Rows or columns of a tile are a multiple of this.
-const TILE_STEP: usize = 256;
+use super::tiles::{Part, Tiles, pieces};
 
 /// What the operations of a visit share.
 #[derive(Debug, Clone, Copy)]
@@ -24,8 +20,8 @@ pub struct Context<'c> {
     pub gpu: &'c Gpu,
     /// The clock.
     pub clock: &'c Clock,
-    /// Memory of a tile.
-    pub tile: Ptr,
+    /// Frozen matrices in the activations' type.
+    pub tile: &'c Tiles,
     /// Type of the activations.
     pub ty: Ty,
     /// Attention for the micro-batch at work.
@@ -77,43 +73,13 @@ impl Weight {
         }
     }
 
-    /// A part of it in the activations' type.
-    fn part(&self, c: &Context<'_>, (first_row, rows): (usize, usize), (first_col, cols): (usize, usize)) -> Result<Mat> {
-        let tile = Mat::new(c.tile, c.ty, rows, cols);
-        match *self {
-            Weight::Dense(mat) => {
-                let part = mat.rows(first_row, rows)?.columns(first_col, cols)?;
-                if part.ty == c.ty {
-                    return Ok(part);
-                }
-                c.time(Phase::Dequantise, || c.gpu.cast(tile, part))?;
-            }
-            Weight::Int8(codes, _) => {
-                let part = Int8Rows {
-                    codes: codes.codes.offset(first_row * codes.padded + first_col),
-                    scales: codes.scales.offset(4 * first_row),
-                    rows,
-                    padded: codes.padded,
-                };
-                c.time(Phase::Dequantise, || c.gpu.dequant_rows(tile, part))?;
-            }
+    /// Where it lies.
+    pub(super) fn address(&self) -> Ptr {
+        match self {
+            Weight::Dense(mat) => mat.ptr,
+            Weight::Int8(rows, _) => rows.codes,
         }
-        Ok(tile)
     }
-}
-
-/// Ranges that cut `count` rows of `width` elements (or the other way round) into equal tiles.
-fn tiles(count: usize, width: usize) -> impl Iterator<Item = (usize, usize)> {
-    let pieces = (count * width).div_ceil(TILE_ELEMENTS).max(1);
-    let size = count.div_ceil(pieces).next_multiple_of(TILE_STEP).min(count.max(1));
-    (0..count).step_by(size).map(move |first| (first, size.min(count - first)))
-}
-
-/// Elements of the largest tile that a matrix is cut into.
-#[must_use]
-pub fn largest_tile(out: usize, inner: usize) -> usize {
-    let largest = |count, width| tiles(count, width).map(|(_, size)| size * width).max().unwrap_or(0);
-    largest(out, inner).max(largest(inner, out))
 }
 
 /// The branch of a linear.
@@ -165,10 +131,10 @@ impl Linear {
         let (out, inner) = self.weight.shape();
         self.check("input", x, x.rows, inner)?;
         self.check("output", y, x.rows, out)?;
-        for tile in tiles(out, inner) {
-            let weight = self.weight.part(c, tile, (0, inner))?;
-            let y = y.columns(tile.0, tile.1)?;
-            c.product(|gpu| gpu.gemm_nt(y, x, weight, 1.0, 0.0))?;
+        for rows in pieces(out, inner, c.gpu.tuning().piece) {
+            let y = y.columns(rows.start, rows.len())?;
+            let part = Part { rows, cols: 0..inner };
+            c.tile.with(c, &self.weight, &part, |weight| c.product(|gpu| gpu.gemm_nt(y, x, weight, 1.0, 0.0)))?;
         }
         if let Some(lora) = self.lora {
             let low = low.rows(x.rows)?;
@@ -200,10 +166,11 @@ impl Linear {
         }
         let Some(dx) = dx else { return Ok(()) };
         self.check("input's gradient", dx, dy.rows, inner)?;
-        for tile in tiles(inner, out) {
-            let weight = self.weight.part(c, (0, out), tile)?;
-            let dx = dx.columns(tile.0, tile.1)?;
-            c.product(|gpu| gpu.gemm_nn(dx, dy, weight, 1.0, if add { 1.0 } else { 0.0 }))?;
+        let beta = if add { 1.0 } else { 0.0 };
+        for cols in pieces(inner, out, c.gpu.tuning().piece) {
+            let dx = dx.columns(cols.start, cols.len())?;
+            let part = Part { rows: 0..out, cols };
+            c.tile.with(c, &self.weight, &part, |weight| c.product(|gpu| gpu.gemm_nn(dx, dy, weight, 1.0, beta)))?;
         }
         match self.lora {
             Some(lora) => c.product(|gpu| gpu.gemm_nn(dx, low.0, lora.a, 1.0, 1.0)),
@@ -216,25 +183,5 @@ impl Linear {
             return Ok(());
         }
         Err(Error::invariant(format!("a linear's {what} does not fit")).expected(format!("{rows} x {cols}")).found(mat.describe()))
-    }
-}
-
-#[cfg(test)]
-mod tests {
-    use super::*;
-
-    #[test]
-    fn tiles_cover_and_stay_small() {
-        for (count, width) in [(55_296, 6144), (6144, 55_296), (6144, 24_576), (24_576, 6144), (1, 1), (257, 100), (36, 1 << 27)] {
-            let mut end = 0;
-            for (first, size) in tiles(count, width) {
-                assert!(first == end && size > 0);
-                assert!(size <= TILE_STEP || size * width <= TILE_ELEMENTS + TILE_STEP * width, "{size} x {width}");
-                end = first + size;
-            }
-            assert_eq!(end, count);
-        }
-        assert_eq!(tiles(6144, 6144).count(), 1);
-        assert_eq!(tiles(55_296, 6144).count(), 3);
     }
 }

@@ -6,6 +6,7 @@
 //! blocks        slots on the device, filled by the copy stream from a supply (the ring, or host memory)
 //! inputs        inputs of the blocks between the passes: on the device, or on the host and back in time
 //! conditioning  time, modulation, rotary tables of a micro-batch
+//! tiles         frozen matrices in the activations' type, ahead of the products
 //! linear        a frozen matrix (INT8, bf16 or float32) with its LoRA branch, forward and backward
 //! single, double  one visit of a block
 //! adapters      parameters, gradients and moments on the device, and the optimiser
@@ -35,5 +36,6 @@ mod passes;
 pub mod plan;
 pub mod single;
 pub mod step;
+pub mod tiles;
 
 pub use step::CudaStep;

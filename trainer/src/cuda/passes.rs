@@ -13,6 +13,7 @@ use serenity_protocol::geometry::BlockId;
 use serenity_protocol::{Error, Result};
 
 use super::attention::Engines;
+use super::clock::Stage;
 use super::conditioning::bytes_of;
 use super::double::{self, Pair, merge, split};
 use super::flight::{EntrySpace, Flight, FlightSpace, HeadSpace, Sample};
@@ -37,7 +38,7 @@ impl CudaStep {
     }
 
     pub(super) fn context<'c>(&'c self, engines: Option<&'c Engines>) -> Context<'c> {
-        Context { gpu: &self.gpu, clock: &self.clock, tile: self.tile, ty: self.ty, attention: engines }
+        Context { gpu: &self.gpu, clock: &self.clock, tile: &self.tile, ty: self.ty, attention: engines }
     }
 
     fn flight_context<'c>(&'c self, flight: &Flight) -> Context<'c> {
@@ -56,6 +57,7 @@ impl CudaStep {
         let mut visits = blocks.clone();
         visits.extend(blocks.iter().rev().skip(1).take_while(|b| first.is_some_and(|f| **b >= f)));
         let flights = self.take_off(samples, &visits, Some(begins))?;
+        self.clock.at(Stage::Entered);
         self.adapters.clear_gradients(&self.context(None))?;
         let last = self.fly(&flights, first, stop, None)?;
         self.traffic.turn_around()?;
@@ -72,13 +74,17 @@ impl CudaStep {
             self.block_backward(block, &at_hand, &flights, first.is_some_and(|f| block > f))?;
             self.blocks.finish(&self.gpu, &self.clock)?;
         }
-        self.read_losses(&flights)
+        self.clock.at(Stage::Queued);
+        let losses = self.read_losses(&flights)?;
+        self.clock.at(Stage::Done);
+        Ok(losses)
     }
 
     fn visit(&mut self, block: BlockId, stop: &dyn Fn() -> bool) -> Result<Vec<Weight>> {
         if stop() {
             return Err(Error::try_again("the step was abandoned because the trainer was asked to stop"));
         }
+        self.tile.begin_visit();
         self.blocks.next(&self.gpu, &self.clock, block)
     }
 

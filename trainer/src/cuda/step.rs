@@ -5,7 +5,7 @@ use std::collections::HashMap;
 use std::rc::Rc;
 
 use serenity_cuda::ops::loss::MSE_PARTIALS;
-use serenity_cuda::{Arena, Gpu, Mat, MemoryInfo, Ptr, Ty};
+use serenity_cuda::{Arena, Gpu, Mat, MemoryInfo, Ptr, Tuning, Ty};
 use serenity_protocol::config::OptimizerConfig;
 use serenity_protocol::geometry::{BlockId, LinearSpec, TransformerGeometry};
 use serenity_protocol::{Error, Result};
@@ -13,12 +13,13 @@ use serenity_protocol::{Error, Result};
 use super::adapters::Adapters;
 use super::attention::Engines;
 use super::blocks::{Blocks, Payload, Stats, Supply};
-use super::clock::{Clock, Times};
+use super::clock::{Clock, HostTimes, Stage, Times};
 use super::conditioning::Other;
 pub use super::flight::Sample;
 use super::inputs::Traffic;
 use super::linear::Context;
 use super::plan::{Limits, Need, Plan, Shape};
+use super::tiles::Tiles;
 use crate::model::ops::rope::{Position, Rope};
 use crate::model::{AdapterGrads, AdapterSet, MicroBatch, OtherWeights};
 use crate::optimizer::Moments;
@@ -76,7 +77,7 @@ pub struct CudaStep {
     pub(super) geometry: TransformerGeometry,
     pub(super) ty: Ty,
     pub(super) rank: usize,
-    pub(super) tile: Ptr,
+    pub(super) tile: Tiles,
     pub(super) scratch: Ptr,
     pub(super) plan: Plan,
     pub(super) arena: Arena,
@@ -117,7 +118,7 @@ impl CudaStep {
         let (g, ty) = (parts.geometry, parts.ty);
         let other = Other::upload(&gpu, &arena, g, ty, parts.other)?;
         let adapters = Adapters::new(&gpu, &arena, ty, parts.optimizer, parts.adapters)?;
-        let tile = arena.reserve(plan.tile)?;
+        let tile = Tiles::new(arena.reserve(plan.tile)?, plan.tile);
         let scratch = arena.reserve(8 * MSE_PARTIALS)?;
         let traffic = Traffic::new(&gpu, plan.turns, plan.host)?;
         let blocks = Blocks::new(&gpu, &arena, &plan, parts.payloads, parts.supply)?;
@@ -166,9 +167,25 @@ impl CudaStep {
         self.blocks.stats()
     }
 
+    /// Lays the work over the device in another way, once all work has ended. For measuring: pieces of another size need a plan of their own.
+    ///
+    /// # Errors
+    /// A fault of earlier work.
+    pub fn tune(&mut self, tuning: Tuning) -> Result<()> {
+        self.gpu.tune(tuning)?;
+        self.tile.clear();
+        Ok(())
+    }
+
     /// Switches the measuring of phases on or off.
     pub fn measure(&mut self, enabled: bool) {
         self.clock.enable(enabled);
+    }
+
+    /// The host's time in the last step.
+    #[must_use]
+    pub fn host_times(&self) -> HostTimes {
+        self.clock.host()
     }
 
     /// Device time by phase since the last call.
@@ -201,6 +218,7 @@ impl CudaStep {
     /// # Errors
     /// As [`Self::loss`]; [`Error::TryAgain`] if stopped.
     pub fn gradients(&mut self, batches: &[MicroBatch], stop: &dyn Fn() -> bool) -> Result<Vec<f64>> {
+        self.clock.at(Stage::Begun);
         let samples = batches.iter().map(Sample::of).collect::<Result<Vec<_>>>()?;
         self.within(|this| this.gradients_of(&samples, stop))
     }
@@ -218,7 +236,7 @@ impl CudaStep {
     /// # Errors
     /// The driver's.
     pub fn update(&mut self, lr: f64) -> Result<()> {
-        let context = Context { gpu: &self.gpu, clock: &self.clock, tile: self.tile, ty: self.ty, attention: None };
+        let context = Context { gpu: &self.gpu, clock: &self.clock, tile: &self.tile, ty: self.ty, attention: None };
         self.adapters.update(&context, lr)
     }
 

@@ -14,19 +14,19 @@ use crate::cuda::inputs::Turns;
 /// A possibility must be better by this part to be worth more than a simpler one.
 const WORTH: f64 = 0.002;
 
-/// The fastest plan with the parts that are `fixed`.
+/// The fastest plan with the parts that are `fixed` and one of `rings` for dequantised matrices.
 ///
 /// # Errors
 /// [`Error::Config`] if none fits.
-pub(super) fn choose(fixed: &Plan, need: &Need<'_>) -> Result<Plan> {
+pub(super) fn choose(fixed: &Plan, need: &Need<'_>, rings: &[usize]) -> Result<Plan> {
     let (mut best, mut least): (Option<Plan>, Option<Plan>) = (None, None);
     for turns in possible_turns(need) {
         let (step, host) = Plan::step_bytes(need, turns)?;
         if host > need.limits.host_max {
             continue;
         }
-        let base = Plan { step, host, turns, ..fixed.clone() };
-        for mut plan in possible_slots(&base, need) {
+        let with = |tile: &usize| possible_slots(&Plan { tile: *tile, step, host, turns, ..fixed.clone() }, need);
+        for mut plan in rings.iter().flat_map(with) {
             if plan.total() > need.budget {
                 if least.as_ref().is_none_or(|l| plan.total() < l.total()) {
                     least = Some(plan);

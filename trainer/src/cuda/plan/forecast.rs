@@ -8,6 +8,8 @@
 use std::fmt;
 
 use serde::Serialize;
+use serenity_cuda::Ty;
+use serenity_cuda::arena::ALIGNMENT;
 use serenity_protocol::geometry::BlockId;
 use serenity_protocol::{Error, Result};
 
@@ -85,14 +87,13 @@ impl Work {
     /// One pass through a block and its attention, `attention` times as much as forward.
     fn pass(s: &Shape, payload: &Payload, double: bool, attention: f64) -> Self {
         let weights: f64 = payload.parts.iter().map(|p| (p.rows * p.cols) as f64).sum();
-        let coded: f64 = payload.parts.iter().filter(|p| matches!(p.form, Form::Int8 { .. })).map(|p| (p.rows * p.cols) as f64).sum();
         // Half the matrices of a double block see the image's tokens, half the text's.
         let linears = 2.0 * weights * s.rows() as f64 / if double { 2.0 } else { 1.0 };
         let scores = 4.0 * (s.samples * s.tokens() * s.tokens() * s.inner) as f64;
         Self {
             flops: linears + attention * scores,
             // A code read, a number of the activations' type written.
-            traffic: coded * (1 + s.ty.bytes()) as f64 + STATES_PER_PASS * s.state_bytes() as f64,
+            traffic: coded(payload) * (1 + s.ty.bytes()) as f64 + STATES_PER_PASS * s.state_bytes() as f64,
         }
     }
 }
@@ -161,9 +162,23 @@ fn visit(plan: &Plan, need: &Need<'_>, block: BlockId, forward: bool, backward: 
                 work = work + Work::pass(shape, payload, double, 1.0);
             }
             work = work + Work::pass(shape, payload, double, 2.5);
+            if plan.tile >= dequantised(payload, shape.ty) {
+                // Recompute and input gradient share what is dequantised.
+                work.traffic -= coded(payload) * (1 + shape.ty.bytes()) as f64;
+            }
         }
     }
     Ok(work)
+}
+
+/// Codes of a payload.
+fn coded(payload: &Payload) -> f64 {
+    payload.parts.iter().filter(|p| matches!(p.form, Form::Int8 { .. })).map(|p| (p.rows * p.cols) as f64).sum()
+}
+
+/// Bytes of a block's matrices in the activations' type.
+fn dequantised(payload: &Payload, ty: Ty) -> usize {
+    payload.parts.iter().map(|p| (p.rows * p.cols * ty.bytes()).next_multiple_of(ALIGNMENT)).sum()
 }
 
 struct Timeline<'r> {

@@ -15,7 +15,7 @@ use std::fmt;
 
 use serenity_cuda::arena::ALIGNMENT;
 use serenity_cuda::ops::loss::MSE_PARTIALS;
-use serenity_cuda::{Arena, Mat, Ptr, Ty};
+use serenity_cuda::{Arena, Mat, Ptr, Tuning, Ty};
 use serenity_protocol::Result;
 use serenity_protocol::geometry::{BlockId, BlockKind, LinearSpec, TransformerGeometry};
 
@@ -25,7 +25,7 @@ use super::assignment::Slots;
 use super::blocks::Payload;
 use super::flight::{EntrySpace, FlightSpace, HeadSpace};
 use super::inputs::Turns;
-use super::linear::largest_tile;
+use super::tiles::ring_bytes;
 use super::{double, single};
 
 /// Who hands out device memory.
@@ -197,7 +197,7 @@ pub struct Plan {
     pub other: usize,
     /// Parameters, gradients, moments and copies of the adapters.
     pub adapters: usize,
-    /// A tile of a dequantised matrix.
+    /// The ring of dequantised matrices.
     pub tile: usize,
     /// Activations of one visit, the largest.
     pub visit: usize,
@@ -252,11 +252,16 @@ impl Plan {
             }
             visit = visit.max(measured(|m| HeadSpace::new(m, shape))?).max(measured(|m| EntrySpace::new(m, g, shape))?);
         }
-        let largest = need.payloads.iter().flat_map(|p| p.parts.iter().map(|w| largest_tile(w.rows, w.cols))).max().unwrap_or(0);
+        let shapes: Vec<Vec<(usize, usize)>> = need.payloads.iter().map(|p| p.parts.iter().map(|w| (w.rows, w.cols)).collect()).collect();
+        let tuning = Tuning::from_environment()?;
+        let mut rings = ring_bytes(&shapes, need.ty, tuning.piece);
+        if tuning.ring_mib > 0 {
+            rings = vec![rings.first().copied().unwrap_or(0).max(tuning.ring_mib << 20)];
+        }
         let fixed = Self {
             other: other_bytes(g, need.ty),
             adapters: adapter_bytes(need)?,
-            tile: largest * need.ty.bytes() + ALIGNMENT,
+            tile: 0,
             visit,
             step: 0,
             turns: Turns::none(),
@@ -270,7 +275,7 @@ impl Plan {
             budget: need.budget,
             forecast: Forecast::default(),
         };
-        choice::choose(&fixed, need)
+        choice::choose(&fixed, need, &rings)
     }
 
     /// Bytes of the arena.
@@ -301,7 +306,7 @@ impl fmt::Display for Plan {
         let mb = |bytes: usize| bytes.div_ceil(1 << 20);
         write!(
             f,
-            "weights outside the blocks {} MiB, adapters {}, dequantised tile {}, block visit {}, block inputs and step {} ({}; {} on the host), \
+            "weights outside the blocks {} MiB, adapters {}, dequantised {}, block visit {}, block inputs and step {} ({}; {} on the host), \
              {} slots of {}, {} resident blocks {}, activations of {} blocks {}: {} of {} MiB; {}",
             mb(self.other),
             mb(self.adapters),

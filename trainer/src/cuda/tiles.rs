@@ -1,0 +1,265 @@
+//! Frozen matrices in the activations' type: a ring of device memory that INT8 rows are dequantised into, ahead of the products.
+//!
+//! A matrix that fits is brought over whole, in the pieces that products take, and stays until the ring comes round: the input gradient of a
+//! visit finds what its recompute used, and further micro-batches what the first did. One that does not fit comes piece by piece. Either way
+//! products see the same pieces, so that the ring's size changes no result.
+//!
+//! Dequantisation may run on a stream of its own ([`serenity_cuda::Side`]). The host is a long way ahead of the device, so that stream works on
+//! later matrices, of later visits too, as soon as their memory is free: it waits for the last product that read what it overwrites, and a
+//! product waits for the pieces that it reads. What a matrix's address holds may change between visits: nothing is found again after
+//! [`Tiles::begin_visit`].
+#![forbid(unsafe_code)]
+
+use std::cell::RefCell;
+use std::ops::Range;
+
+use serenity_cuda::arena::ALIGNMENT;
+use serenity_cuda::ops::rows::Int8Rows;
+use serenity_cuda::{Event, Gpu, Mat, Ptr, Side, Stream, Ty};
+use serenity_protocol::{Error, Result};
+
+use super::clock::Phase;
+use super::linear::{Context, Weight};
+
+/// Rows or columns of a piece are a multiple of this.
+const STEP: usize = 256;
+
+/// Ranges that cut `count` rows of `width` elements (or the other way round) into equal pieces of at most about `largest` elements.
+pub fn pieces(count: usize, width: usize, largest: usize) -> impl Iterator<Item = Range<usize>> {
+    let number = (count * width).div_ceil(largest.max(1)).max(1);
+    let size = count.div_ceil(number).next_multiple_of(STEP).min(count.max(1));
+    (0..count).step_by(size).map(move |first| first..(first + size).min(count))
+}
+
+/// Elements of the largest piece that a matrix is cut into, by rows or by columns.
+#[must_use]
+pub fn largest_piece(out: usize, inner: usize, largest: usize) -> usize {
+    let of = |count, width| pieces(count, width, largest).map(|p| p.len() * width).max().unwrap_or(0);
+    of(out, inner).max(of(inner, out))
+}
+
+/// Rows and columns of a part of a matrix.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Part {
+    /// Rows.
+    pub rows: Range<usize>,
+    /// Columns.
+    pub cols: Range<usize>,
+}
+
+/// A part of the ring's memory that holds a part of a matrix.
+#[derive(Debug)]
+struct Entry {
+    /// Where the matrix comes from, and which part of it this is.
+    from: Ptr,
+    part: Part,
+    place: Range<usize>,
+    mat: Mat,
+    /// Row ranges within the entry, each with the event behind its dequantisation until the compute stream has waited for it.
+    ready: Vec<(Range<usize>, Option<Event>)>,
+    /// Recorded on the compute stream behind the last product that read it.
+    used: Event,
+    /// Whether it may be found: it is of this visit.
+    current: bool,
+}
+
+#[derive(Debug, Default)]
+struct State {
+    entries: Vec<Entry>,
+    /// Where the next entry goes.
+    next: usize,
+    idle: Vec<Event>,
+}
+
+/// The ring.
+#[derive(Debug)]
+pub struct Tiles {
+    base: Ptr,
+    bytes: usize,
+    state: RefCell<State>,
+}
+
+impl Tiles {
+    /// Over `bytes` bytes at `base`, which must be a multiple of [`ALIGNMENT`].
+    #[must_use]
+    pub fn new(base: Ptr, bytes: usize) -> Self {
+        Self { base, bytes, state: RefCell::default() }
+    }
+
+    /// What matrices were at their addresses may change from here on.
+    pub fn begin_visit(&self) {
+        self.state.borrow_mut().entries.iter_mut().for_each(|e| e.current = false);
+    }
+
+    /// Forgets everything; all work must have ended.
+    pub fn clear(&self) {
+        *self.state.borrow_mut() = State::default();
+    }
+
+    /// Queues `product` with a part of `weight` in the activations' type: one of the pieces that it is cut into by rows or by columns.
+    ///
+    /// # Errors
+    /// [`Error::Invariant`] if the part is larger than the ring; those of `product`.
+    pub fn with(&self, c: &Context<'_>, weight: &Weight, part: &Part, product: impl FnOnce(Mat) -> Result<()>) -> Result<()> {
+        if let Weight::Dense(mat) = weight
+            && mat.ty == c.ty
+        {
+            return product(view(*mat, part)?);
+        }
+        let mut state = self.state.borrow_mut();
+        let index = match state.find(weight.address(), part) {
+            Some(index) => index,
+            None => self.bring(&mut state, c, weight, part)?,
+        };
+        let State { entries, idle, .. } = &mut *state;
+        let entry = entries.get_mut(index).ok_or_else(|| Error::invariant("a dequantised matrix is not there"))?;
+        let rows = part.rows.start - entry.part.rows.start..part.rows.end - entry.part.rows.start;
+        let cols = part.cols.start - entry.part.cols.start..part.cols.end - entry.part.cols.start;
+        for (range, ready) in entry.ready.iter_mut().filter(|(range, _)| range.start < rows.end && rows.start < range.end) {
+            let _ = range;
+            if let Some(event) = ready.take() {
+                c.time(Phase::Tile, || c.gpu.compute().wait(&event))?;
+                idle.push(event);
+            }
+        }
+        product(view(entry.mat, &Part { rows, cols })?)?;
+        if c.gpu.tuning().side == Side::Off { Ok(()) } else { c.gpu.compute().record(&entry.used) }
+    }
+
+    /// Makes an entry for a part, or for the whole matrix where that fits, and queues its dequantisation.
+    fn bring(&self, state: &mut State, c: &Context<'_>, weight: &Weight, part: &Part) -> Result<usize> {
+        let (out, inner) = weight.shape();
+        let tuning = c.gpu.tuning();
+        let whole = Part { rows: 0..out, cols: 0..inner };
+        let part = if tuning.keep && out * inner * c.ty.bytes() <= self.bytes { &whole } else { part };
+        let (rows, cols) = (part.rows.len(), part.cols.len());
+        let place = state.place(self.bytes, rows * cols * c.ty.bytes())?;
+        let side = c.gpu.side();
+        let State { entries, idle, next } = state;
+        // Whatever lies there must have been read.
+        let mut kept = Vec::with_capacity(entries.len() + 1);
+        for entry in entries.drain(..) {
+            if entry.place.end <= place.start || place.end <= entry.place.start {
+                kept.push(entry);
+                continue;
+            }
+            if tuning.side != Side::Off {
+                side.wait(&entry.used)?;
+            }
+            idle.push(entry.used);
+            idle.extend(entry.ready.into_iter().filter_map(|(_, event)| event));
+        }
+        *entries = kept;
+        *next = place.end.next_multiple_of(ALIGNMENT);
+        let mat = Mat::new(self.base.offset(place.start), c.ty, rows, cols);
+        let mut event = || idle.pop().map_or_else(|| Event::new(c.gpu.context()), Ok);
+        let mut ready = Vec::new();
+        for range in pieces(rows, cols, tuning.piece) {
+            let from = Part { rows: part.rows.start + range.start..part.rows.start + range.end, cols: part.cols.clone() };
+            c.clock.on(c.gpu, side, Phase::Dequantise, || {
+                convert(c.gpu, side, tuning.blocks, mat.rows(range.start, range.len())?, weight, &from)
+            })?;
+            let done = if tuning.side == Side::Off { None } else { Some(event()?) };
+            if let Some(done) = &done {
+                side.record(done)?;
+            }
+            ready.push((range, done));
+        }
+        let used = event()?;
+        entries.push(Entry { from: weight.address(), part: part.clone(), place, mat, ready, used, current: true });
+        Ok(entries.len() - 1)
+    }
+}
+
+impl State {
+    /// The entry that holds a part of the matrix at `from`.
+    fn find(&self, from: Ptr, part: &Part) -> Option<usize> {
+        let inside = |inner: &Range<usize>, outer: &Range<usize>| outer.start <= inner.start && inner.end <= outer.end;
+        let holds = |e: &Entry| e.current && e.from == from && inside(&part.rows, &e.part.rows) && inside(&part.cols, &e.part.cols);
+        self.entries.iter().position(holds)
+    }
+
+    /// Where the next `bytes` bytes of `all` go.
+    fn place(&self, all: usize, bytes: usize) -> Result<Range<usize>> {
+        if bytes > all {
+            return Err(Error::invariant("the memory for dequantised matrices is too small").expected(bytes).found(all));
+        }
+        let first = if self.next + bytes <= all { self.next } else { 0 };
+        Ok(first..first + bytes)
+    }
+}
+
+fn view(mat: Mat, part: &Part) -> Result<Mat> {
+    mat.rows(part.rows.start, part.rows.len())?.columns(part.cols.start, part.cols.len())
+}
+
+/// Queues bringing a part of `weight` into `to` on `stream`.
+fn convert(gpu: &Gpu, stream: &Stream, blocks: u32, to: Mat, weight: &Weight, part: &Part) -> Result<()> {
+    match *weight {
+        Weight::Dense(mat) => gpu.cast_on(stream, to, view(mat, part)?),
+        Weight::Int8(codes, _) => {
+            let from = Int8Rows {
+                codes: codes.codes.offset(part.rows.start * codes.padded + part.cols.start),
+                scales: codes.scales.offset(4 * part.rows.start),
+                rows: part.rows.len(),
+                padded: codes.padded,
+            };
+            gpu.dequant_rows_on(stream, blocks, to, from)
+        }
+    }
+}
+
+/// Sensible sizes of a ring for blocks of matrices of `shapes` (`(out, in)`, one list a block), smallest first: for one piece; for the smallest
+/// block, so that nothing comes twice in a visit; and for two, so that the next visit's can come meanwhile.
+#[must_use]
+pub fn ring_bytes(blocks: &[Vec<(usize, usize)>], ty: Ty, largest: usize) -> Vec<usize> {
+    let all = || blocks.iter().flatten();
+    let least = all().map(|(out, inner)| largest_piece(*out, *inner, largest)).max().unwrap_or(0) * ty.bytes() + ALIGNMENT;
+    let block =
+        |b: &Vec<(usize, usize)>| b.iter().map(|(out, inner)| (out * inner * ty.bytes()).next_multiple_of(ALIGNMENT)).sum::<usize>();
+    let small = blocks.iter().map(block).min().unwrap_or(0);
+    let mut sizes = vec![least, small.max(least), (2 * small).max(least)];
+    sizes.dedup();
+    sizes
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    const LARGEST: usize = 1 << 27;
+
+    #[test]
+    fn pieces_cover_and_stay_small() {
+        for (count, width) in [(55_296, 6144), (6144, 55_296), (6144, 24_576), (24_576, 6144), (1, 1), (257, 100), (36, 1 << 27)] {
+            let mut end = 0;
+            for piece in pieces(count, width, LARGEST) {
+                assert!(piece.start == end && !piece.is_empty());
+                assert!(piece.len() <= STEP || piece.len() * width <= LARGEST + STEP * width, "{piece:?} x {width}");
+                end = piece.end;
+            }
+            assert_eq!(end, count);
+        }
+        assert_eq!(pieces(6144, 6144, LARGEST).count(), 1);
+        assert_eq!(pieces(55_296, 6144, LARGEST).count(), 3);
+    }
+
+    #[test]
+    fn the_ring_wraps_where_the_end_is_too_near() {
+        let mut state = State::default();
+        assert!(matches!(state.place(1000, 600), Ok(place) if place == (0..600)));
+        state.next = 600;
+        assert!(matches!(state.place(1000, 400), Ok(place) if place == (600..1000)));
+        assert!(matches!(state.place(1000, 401), Ok(place) if place == (0..401)));
+        assert!(state.place(1000, 1001).is_err());
+    }
+
+    #[test]
+    fn the_ring_holds_a_large_piece_at_least_and_two_small_blocks_at_most() {
+        let blocks = vec![vec![(55_296, 6144), (6144, 24_576)], vec![(6144, 6144); 3]];
+        let sizes = ring_bytes(&blocks, Ty::Bf16, LARGEST);
+        let block = (55_296 * 6144 + 6144 * 24_576) * 2;
+        assert!((18_432 * 6144 * 2..2 * LARGEST * 2).contains(&sizes[0]));
+        assert!(sizes.windows(2).all(|pair| pair[0] < pair[1]) && sizes.iter().all(|bytes| *bytes <= 2 * block));
+    }
+}
