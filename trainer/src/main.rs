@@ -60,13 +60,16 @@ struct GpuCheckArgs {
     /// A transformer's config.json to time; FLUX.2 [dev] if not given
     #[arg(long, value_name = "FILE")]
     geometry: Option<PathBuf>,
-    /// Device memory of the timed run, MiB
+    /// Rows of the targets table to time (repeatable): 6g, 11g, 24g, 1024, resident, no-recompute, accumulation
+    #[arg(long = "row", value_name = "ROW")]
+    rows: Vec<String>,
+    /// Without --row: device memory of the timed run by the driver's count, MiB
     #[arg(long, default_value_t = 11_468, value_name = "MIB")]
     budget_mb: usize,
-    /// Pixels of a side of the timed run
+    /// Without --row: pixels of a side of the timed run
     #[arg(long, default_value_t = 512)]
     resolution: usize,
-    /// Micro-batches of a timed step
+    /// Without --row: micro-batches of a timed step
     #[arg(long, default_value_t = 1)]
     accumulation: usize,
     /// Steps to time, after two that warm up
@@ -179,6 +182,7 @@ fn run_gpu_check(args: &GpuCheckArgs) -> Result<()> {
         goldens: args.goldens.clone(),
         device: args.device,
         sections: args.sections.clone(),
+        rows: args.rows.clone(),
         geometry: args.geometry.clone(),
         budget_mb: args.budget_mb,
         resolution: args.resolution,

@@ -316,6 +316,12 @@ impl Blocks {
         Ok(queued > 0)
     }
 
+    /// The payloads of all blocks.
+    #[must_use]
+    pub fn payloads(&self) -> &[Payload] {
+        &self.payloads
+    }
+
     /// What was done so far.
     #[must_use]
     pub fn stats(&self) -> Stats {

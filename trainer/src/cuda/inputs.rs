@@ -9,6 +9,7 @@
 //! behind blocks. Streams meet in events only; the host never waits.
 #![forbid(unsafe_code)]
 
+use std::cell::Cell;
 use std::fmt;
 
 use serenity_cuda::driver::{Pinned, Priority};
@@ -110,7 +111,7 @@ pub struct Traffic {
     used: (usize, usize),
     /// The first state that the backward pass needs.
     first: usize,
-    bytes: u64,
+    fetched_bytes: Cell<u64>,
 }
 
 impl Traffic {
@@ -130,7 +131,7 @@ impl Traffic {
             flights: Vec::new(),
             used: (0, 0),
             first: 0,
-            bytes: 0,
+            fetched_bytes: Cell::new(0),
         })
     }
 
@@ -193,7 +194,7 @@ impl Traffic {
     ///
     /// # Errors
     /// The driver's.
-    pub fn written(&mut self, gpu: &Gpu, flight: usize, state: usize, mat: Mat) -> Result<()> {
+    pub fn written(&self, gpu: &Gpu, flight: usize, state: usize, mat: Mat) -> Result<()> {
         if state >= self.turns.saved() || state < self.first {
             return Ok(());
         }
@@ -202,9 +203,7 @@ impl Traffic {
         gpu.compute().record(&turn.computed)?;
         self.save.wait(&turn.computed)?;
         self.save.copy_out(memory, offset + state * mat.span(), mat.ptr, mat.span())?;
-        self.save.record(&turn.moved)?;
-        self.bytes += mat.span() as u64;
-        Ok(())
+        self.save.record(&turn.moved)
     }
 
     /// All states have been written: fetches come behind all saves.
@@ -240,12 +239,13 @@ impl Traffic {
         gpu.compute().record(&turn.computed)?;
         self.fetch.wait(&turn.computed)?;
         self.fetch.copy_in(mat.ptr, memory, offset + next * mat.span(), mat.span())?;
+        self.fetched_bytes.set(self.fetched_bytes.get() + mat.span() as u64);
         self.fetch.record(&turn.moved)
     }
 
-    /// Bytes saved to the host since the start; as many come back.
+    /// Bytes that came back from the host since the start.
     #[must_use]
     pub fn bytes(&self) -> u64 {
-        self.bytes
+        self.fetched_bytes.get()
     }
 }

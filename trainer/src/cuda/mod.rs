@@ -13,6 +13,7 @@
 //! flight        a micro-batch on its way through a step
 //! passes        all blocks forward and back, layer-major over micro-batches
 //! step          gradients, norm, update
+//! bench_rows    the rows of the targets table
 //! check         everything above against the CPU path and the reference's files
 //! ```
 //! Results do not depend on where things lie: which blocks stay on the device, how many slots there are, where block inputs are kept and which
@@ -24,6 +25,7 @@
 pub mod adapters;
 pub mod assignment;
 pub mod attention;
+pub mod bench_rows;
 pub mod blocks;
 pub mod check;
 pub mod clock;

@@ -172,7 +172,7 @@ impl CudaStep {
         flight.space.states.get(state)
     }
 
-    fn written(&mut self, flight: &Flight, state: usize) -> Result<()> {
+    fn written(&self, flight: &Flight, state: usize) -> Result<()> {
         match flight.traffic {
             Some(number) => self.traffic.written(&self.gpu, number, state, flight.space.states.get(state)?),
             None => Ok(()),
@@ -214,7 +214,7 @@ impl CudaStep {
         Ok(None)
     }
 
-    fn block_forward(&mut self, block: BlockId, weights: &[Weight], flight: &Flight) -> Result<()> {
+    fn block_forward(&self, block: BlockId, weights: &[Weight], flight: &Flight) -> Result<()> {
         let index = usize::from(block.0);
         let (x, y) = (flight.space.states.get(index)?, self.to_write(flight, index + 1)?);
         let (c, s, cond) = (self.flight_context(flight), &flight.shape, &flight.space.conditioning);

@@ -18,7 +18,7 @@ use super::conditioning::Other;
 pub use super::flight::Sample;
 use super::inputs::Traffic;
 use super::linear::Context;
-use super::plan::{Limits, Need, Plan, Shape};
+use super::plan::{Forecast, Limits, Need, Plan, Rates, Shape};
 use super::tiles::Tiles;
 use crate::model::ops::rope::{Position, Rope};
 use crate::model::{AdapterGrads, AdapterSet, MicroBatch, OtherWeights};
@@ -80,19 +80,24 @@ pub struct CudaStep {
     pub(super) tile: Tiles,
     pub(super) scratch: Ptr,
     pub(super) plan: Plan,
+    /// Of the largest step.
+    shapes: Vec<Shape>,
+    targets: Vec<LinearSpec>,
     pub(super) arena: Arena,
     pub(super) gpu: Gpu,
 }
 
 /// Bytes that the plan needs, found on a device.
-fn make_plan(gpu: &Gpu, p: &Parts<'_>, targets: &[LinearSpec]) -> Result<Plan> {
+fn make_plan(gpu: &Gpu, p: &Parts<'_>, targets: &[LinearSpec]) -> Result<(Plan, Vec<Shape>)> {
     let mut shapes = Vec::new();
     for (samples, text, image) in &p.batches {
         let mut shape = Shape::new(p.geometry, p.ty, p.adapters.rank, *samples, *text, *image);
         shape.workspace = Engines::new(gpu, &shape)?.workspace_bytes();
         shapes.push(shape);
     }
-    Plan::new(&Need { geometry: p.geometry, ty: p.ty, shapes: &shapes, targets, payloads: &p.payloads, budget: p.budget, limits: p.limits })
+    let payloads = &p.payloads;
+    let plan = Plan::new(&Need { geometry: p.geometry, ty: p.ty, shapes: &shapes, targets, payloads, budget: p.budget, limits: p.limits })?;
+    Ok((plan, shapes))
 }
 
 impl CudaStep {
@@ -112,7 +117,7 @@ impl CudaStep {
             let spec = spec.filter(fits).ok_or_else(|| Error::data(format!("the adapter of '{}' fits no block linear", adapter.name)))?;
             targets.push(spec.clone());
         }
-        let plan = make_plan(&gpu, &parts, &targets)?;
+        let (plan, shapes) = make_plan(&gpu, &parts, &targets)?;
         tracing::info!("device memory: {plan}");
         let arena = Arena::new(&gpu, plan.total())?;
         let (g, ty) = (parts.geometry, parts.ty);
@@ -136,6 +141,8 @@ impl CudaStep {
             tile,
             scratch,
             plan,
+            shapes,
+            targets,
             arena,
             gpu,
         })
@@ -175,6 +182,22 @@ impl CudaStep {
         self.gpu.tune(tuning)?;
         self.tile.clear();
         Ok(())
+    }
+
+    /// Bytes of blocks and of their inputs that came from the host since the start.
+    #[must_use]
+    pub fn bytes_from_host(&self) -> u64 {
+        self.blocks.stats().bytes + self.traffic.bytes()
+    }
+
+    /// What a step is expected to take at these rates.
+    ///
+    /// # Errors
+    /// [`Error::Invariant`] for a defect of the plan.
+    pub fn predict(&self, rates: &Rates) -> Result<Forecast> {
+        let (g, payloads) = (&self.geometry, self.blocks.payloads());
+        let (budget, limits) = (self.plan.budget, Limits::default());
+        self.plan.predict(&Need { geometry: g, ty: self.ty, shapes: &self.shapes, targets: &self.targets, payloads, budget, limits }, rates)
     }
 
     /// Switches the measuring of phases on or off.
