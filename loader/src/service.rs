@@ -1,8 +1,8 @@
 //! The loader at work: claims slots for what the trainer asked for, has workers fill them, publishes.
 //!
-//! The calling thread walks the request queue ([`Producer`]) and hands jobs to a few workers. A worker does all of a chunk: reads it,
-//! checks it, dequantises it into the slot, publishes it, wakes the trainer; with several workers one chunk is read while another is
-//! dequantised. Waits are on futexes and last at most 100 ms, so an idle loader costs nothing and a dead peer is noticed.
+//! The calling thread walks the request queue ([`Producer`]) and hands jobs to a few workers. A worker keeps the disk busy for its chunk
+//! and rayon's threads work on the pages that arrive ([`Filler::fill`]); then it publishes the chunk and wakes the trainer. With several
+//! workers the next chunks' pages are there when a chunk's last ones are being written. Waits are on futexes and last at most 100 ms, so an idle loader costs nothing and a dead peer is noticed.
 //!
 //! Failure: a worker's error ends the service with that error (corrupt slab: exit 65). Slots that were being filled stay FILLING and are
 //! freed by the next loader.
@@ -29,6 +29,7 @@ use serenity_protocol::{Error, Result};
 use crate::faults;
 use crate::fill::Filler;
 use crate::reader::{Fetched, Reader, SlabFile};
+use crate::stages::{Stage, timed};
 
 /// Chunks that are read or dequantised at the same time.
 const WORKERS: usize = 3;
@@ -60,10 +61,10 @@ impl Shared {
 
     fn work(&self, jobs: &Mutex<Receiver<Job>>) {
         let mut reader = Reader::new(self.file.clone());
-        let mut fetched = Fetched::new();
         loop {
-            let Some(job) = jobs.lock().ok().and_then(|jobs| jobs.recv().ok()) else { return };
-            let result = self.fill(job, &mut reader, &mut fetched);
+            let next = timed(Stage::SlotWait, || jobs.lock().ok().and_then(|jobs| jobs.recv().ok()));
+            let Some(job) = next else { return };
+            let result = self.fill(job, &mut reader);
             // Release: pairs with the Acquire in `serve`, which then sees the slot's new state.
             self.in_flight.fetch_sub(1, Ordering::Release);
             match result {
@@ -78,15 +79,13 @@ impl Shared {
         }
     }
 
-    fn fill(&self, job: Job, reader: &mut Reader, fetched: &mut Fetched) -> Result<()> {
+    fn fill(&self, job: Job, reader: &mut Reader) -> Result<()> {
         point("before-fill");
-        reader.fetch(&self.filler.file_ranges(job.content)?, fetched)?;
-        point("payload-read");
         faults::delay_fill();
         let bytes = self.filler.chunk_bytes(job.content)?;
         // SAFETY: the producer claimed the slot for this job under our epoch (FILLING), and a job is handed to one worker.
         let slot = unsafe { self.segment.slot_filling(job.slot) };
-        let payload = self.filler.fill(job.content, fetched, &mut slot[..bytes])?;
+        let payload = self.filler.fill(job.content, reader, &mut slot[..bytes])?;
         point("after-payload");
         self.producer()?.publish(job, bytes as u64, payload)
     }

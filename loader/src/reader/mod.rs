@@ -1,178 +1,43 @@
-//! Reads byte ranges of the slab into private aligned memory, past the page cache where the file system allows it, and checks them.
+//! Reads pages of the slab, many at once, past the page cache where the file system allows it, and checks each.
 //!
-//! Requests are widened to whole pages: the unit of O_DIRECT and of the manifest's hashes at once, so every byte that reaches the ring
-//! was compared with what the builder wrote. A slab without page hashes (the original builder's) gets them at first sight: a page
-//! that later reads differently is reported instead of trained on. Reads go into this process's own memory, never into a ring slot,
-//! because a dying loader's direct reads can still land after its successor has taken over.
+//! The page is the unit of everything: of O_DIRECT, of the manifest's hashes, of the pieces that a payload's checksum is made of. So
+//! every byte that reaches the ring was compared with what the builder wrote, by the thread that uses it next, while it is in that
+//! thread's cache. A slab without page hashes (the original builder's) gets them at first sight: a page that later reads differently
+//! is reported instead of trained on.
+//!
+//! Two ways in. Of a disk, the calling thread keeps a deep queue of direct reads ([`uring`]) and rayon's threads work on what has arrived.
+//! Of a memory file system there is nothing to wait for: rayon's threads copy the pages themselves. Direct reads go into this process's
+//! own memory, never into a ring slot, because a dying loader's reads can land after its successor has taken over; a copy that the
+//! calling thread makes ends with that thread, and may.
 
 mod aligned;
-mod threads;
+mod file;
+mod pread;
 mod uring;
 
-use std::fs::File;
+use std::cell::RefCell;
 use std::ops::Range;
-use std::os::unix::fs::OpenOptionsExt;
-use std::path::{Path, PathBuf};
-use std::sync::Arc;
-use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::atomic::Ordering;
+use std::sync::mpsc::{Sender, channel};
+use std::sync::{Arc, Mutex};
+use std::time::Instant;
 
-use serenity_protocol::slab::Slab;
+use rayon::prelude::*;
 use serenity_protocol::{Error, Result};
+use uring::{Buffer, Uring};
 
 pub use aligned::{ALIGN, AlignedBuffer};
+pub use file::SlabFile;
 
 use crate::faults;
+use crate::stages::{self, Stage, timed};
 
-/// Largest single read handed to the kernel.
+/// Largest single read handed to the kernel, unless one page is larger.
 const READ_BYTES_MAX: u64 = 2 << 20;
-/// Page size assumed for slabs whose manifest has none.
-const DEFAULT_PAGE_BYTES: u64 = 1 << 20;
-
-/// One read: `len` bytes at `offset` of the file into the buffer at `into`. Multiples of [`ALIGN`], except at the end of the file.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-struct ReadOp {
-    offset: u64,
-    into: usize,
-    len: usize,
-}
-
-/// What every reader of a slab shares.
-pub struct SlabFile {
-    path: PathBuf,
-    file: File,
-    file_bytes: u64,
-    page_bytes: u64,
-    /// Hash of each page from the manifest, or as first read (0 = not seen yet).
-    pages: Vec<AtomicU64>,
-    from_manifest: bool,
-    read_bytes: AtomicU64,
-    direct: bool,
-}
-
-impl SlabFile {
-    /// Opens the slab's payload for direct reads; where the file system refuses (some memory file systems), through the page cache,
-    /// said once in the log.
-    ///
-    /// # Errors
-    /// [`Error::Absent`] if it cannot be opened.
-    pub fn open(slab: &Slab) -> Result<Arc<Self>> {
-        let path = slab.path();
-        let direct = File::options().read(true).custom_flags(nix::libc::O_DIRECT).open(path);
-        let (file, direct) = match direct {
-            Ok(file) => (file, true),
-            Err(e) if e.raw_os_error() == Some(nix::libc::EINVAL) => {
-                tracing::info!("the slab's file system has no direct reads; reading through the page cache");
-                (File::open(path).map_err(|e| Error::io("cannot open the slab", path, e))?, false)
-            }
-            Err(e) => return Err(Error::io("cannot open the slab", path, e)),
-        };
-        let (page_bytes, hashes) = match slab.pages() {
-            Some(pages) => (pages.page_bytes, Some(&pages.xxh3)),
-            None => {
-                tracing::warn!(
-                    "the slab's manifest carries no checksums: corruption that is on the disk already cannot be noticed ('serenity-slab build' makes a slab that has them)"
-                );
-                (DEFAULT_PAGE_BYTES, None)
-            }
-        };
-        if !page_bytes.is_multiple_of(ALIGN as u64) || page_bytes == 0 {
-            return Err(Error::data("the manifest's page size is no multiple of the block size of disks")
-                .at(slab.manifest_path())
-                .expected(format!("a multiple of {ALIGN}"))
-                .found(page_bytes));
-        }
-        let count = slab.file_bytes().div_ceil(page_bytes) as usize;
-        let pages: Vec<AtomicU64> = match hashes {
-            Some(hashes) => hashes.iter().map(|h| AtomicU64::new(*h)).collect(),
-            None => (0..count).map(|_| AtomicU64::new(0)).collect(),
-        };
-        if pages.len() != count {
-            return Err(Error::data("the manifest has hashes for another number of pages than the slab has")
-                .at(slab.manifest_path())
-                .expected(count)
-                .found(pages.len()));
-        }
-        Ok(Arc::new(Self {
-            path: path.to_path_buf(),
-            file,
-            file_bytes: slab.file_bytes(),
-            page_bytes,
-            pages,
-            from_manifest: hashes.is_some(),
-            read_bytes: AtomicU64::new(0),
-            direct,
-        }))
-    }
-
-    /// Bytes read from the file so far.
-    #[must_use]
-    pub fn read_bytes(&self) -> u64 {
-        // Relaxed: a statistic.
-        self.read_bytes.load(Ordering::Relaxed)
-    }
-
-    /// Whether reads bypass the page cache.
-    #[must_use]
-    pub fn is_direct(&self) -> bool {
-        self.direct
-    }
-
-    /// The file.
-    #[must_use]
-    pub fn path(&self) -> &Path {
-        &self.path
-    }
-
-    /// The pages that no range of `needed` touches, as ranges of a few MiB; none for a slab without hashes, where
-    /// there is nothing to compare them with.
-    #[must_use]
-    pub fn pages_outside(&self, needed: &[Range<u64>]) -> Vec<Range<u64>> {
-        if !self.from_manifest {
-            return Vec::new();
-        }
-        let mut outside = Vec::new();
-        let mut at = 0;
-        let pieces = page_pieces(needed, self.page_bytes, self.file_bytes);
-        for next in pieces.iter().map(|p| p.range.clone()).chain(std::iter::once(self.file_bytes..self.file_bytes)) {
-            while at < next.start {
-                let end = (at + READ_BYTES_MAX.max(self.page_bytes)).min(next.start);
-                outside.push(at..end);
-                at = end;
-            }
-            at = next.end;
-        }
-        outside
-    }
-
-    fn check_page(&self, index: usize, bytes: &[u8]) -> Result<()> {
-        let found = xxhash_rust::xxh3::xxh3_64(bytes);
-        let known = &self.pages[index];
-        // Relaxed: the word is the whole message; whoever stores it first wins, and all later readers compare with that.
-        let expected = if self.from_manifest {
-            known.load(Ordering::Relaxed)
-        } else {
-            // Relaxed, as above. A page whose hash is 0 is compared as if it were 1.
-            match known.compare_exchange(0, found.max(1), Ordering::Relaxed, Ordering::Relaxed) {
-                Ok(_) => return Ok(()),
-                Err(seen) => seen,
-            }
-        };
-        if expected == found || (!self.from_manifest && found == 0 && expected == 1) {
-            return Ok(());
-        }
-        let what = if self.from_manifest {
-            "the slab is corrupt: a page does not have the checksum in the manifest"
-        } else {
-            "the slab changed while it was in use"
-        };
-        Err(Error::data(what)
-            .at(&self.path)
-            .offset(index as u64 * self.page_bytes)
-            .expected(format!("xxh3 {expected:016x}"))
-            .found(format!("xxh3 {found:016x}"))
-            .advice("run 'serenity-slab verify' for the tensor that it is in, then build the slab again"))
-    }
-}
+/// Bytes that one reader has on their way at most, unless two pages are more.
+const QUEUE_BYTES: u64 = 32 << 20;
+/// Threads that read where io_uring is refused: a disk wants many requests at a time, whatever the number of processors.
+const PREAD_THREADS: usize = 16;
 
 /// A contiguous, page-aligned part of the file in memory.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -215,73 +80,308 @@ impl Default for Fetched {
     }
 }
 
+/// A page to be read, for [`Reader::visit`].
+pub struct Visit<'a, T> {
+    /// Number of the page.
+    pub page: u64,
+    /// Where the page's bytes go if all of them go there as they are: a reader that copies in the calling thread reads right into it.
+    pub target: Option<&'a mut [u8]>,
+    /// Whether another visit is likely to want the page soon.
+    pub shared: bool,
+    /// The caller's.
+    pub item: T,
+}
+
+/// A checked page.
+pub struct Page<'a> {
+    /// XXH3-64 of the page.
+    pub hash: u64,
+    /// First byte of the page in the file.
+    pub start: u64,
+    /// The bytes; `None` if they are in the visit's target already.
+    pub bytes: Option<&'a [u8]>,
+}
+
 enum Engine {
-    Uring(Box<uring::Uring>),
-    Threads,
+    /// By rayon's threads, or by a pool of their own.
+    Pread(Option<rayon::ThreadPool>),
+    Uring(Box<Uring>, Vec<Buffer>),
 }
 
 /// A reader of one slab for one thread.
 pub struct Reader {
     slab: Arc<SlabFile>,
-    engine: Engine,
+    /// Made at the first visit.
+    engine: Option<Engine>,
 }
 
 impl Reader {
-    /// A reader with io_uring, or with pread threads where the kernel refuses it (said once in the log).
+    /// A reader with io_uring for a disk, or with pread threads where the kernel refuses it (said once in the log).
     #[must_use]
     pub fn new(slab: Arc<SlabFile>) -> Self {
-        static SAID: std::sync::Once = std::sync::Once::new();
-        let refused = faults::refuses("io_uring").then(|| std::io::Error::from(std::io::ErrorKind::PermissionDenied));
-        let engine = match refused.map_or_else(uring::Uring::new, Err) {
-            Ok(ring) => Engine::Uring(Box::new(ring)),
-            Err(e) => {
-                SAID.call_once(|| tracing::warn!("io_uring is not available ({e}); reading with threads instead"));
-                Engine::Threads
-            }
-        };
-        Self { slab, engine }
+        Self { engine: (!slab.direct).then_some(Engine::Pread(None)), slab }
     }
 
     /// A reader that does not try io_uring.
     #[must_use]
     pub fn with_threads(slab: Arc<SlabFile>) -> Self {
-        Self { slab, engine: Engine::Threads }
+        Self { slab, engine: Some(Engine::Pread(pread_pool())) }
+    }
+
+    /// Reads the pages of `visits` (each page once), checks each and hands it to `each`, on rayon's threads and in any order. `each` makes
+    /// no use of rayon itself.
+    ///
+    /// # Errors
+    /// [`Error::Data`] for an I/O error, a file that became shorter, or a page whose checksum is wrong, with path and offset; the first
+    /// error of `each`.
+    pub fn visit<T: Send>(
+        &mut self,
+        mut visits: Vec<Visit<'_, T>>,
+        each: impl for<'v> Fn(Visit<'v, T>, Page<'_>) -> Result<()> + Sync,
+    ) -> Result<()> {
+        let _span = tracing::trace_span!("read", pages = visits.len()).entered();
+        faults::delay_read();
+        let slab = self.slab.clone();
+        let engine = self.engine.get_or_insert_with(|| Engine::for_disk(&slab));
+        // What an earlier chunk left is not read again.
+        let mut failed = Ok(());
+        if slab.direct {
+            visits = visits
+                .into_iter()
+                .filter_map(|visit| match slab.kept(visit.page) {
+                    Some(kept) => {
+                        let start = slab.page_range(visit.page).start;
+                        if failed.is_ok() {
+                            failed = each(visit, Page { hash: kept.hash, start, bytes: Some(&kept.bytes) });
+                        }
+                        None
+                    }
+                    None => Some(visit),
+                })
+                .collect();
+        }
+        failed?;
+        match engine {
+            Engine::Pread(None) => visits.into_par_iter().with_max_len(1).try_for_each(|visit| slab.visit(visit, &each)),
+            Engine::Pread(Some(pool)) => {
+                pool.install(|| visits.into_par_iter().with_max_len(1).try_for_each(|visit| slab.visit(visit, &each)))
+            }
+            Engine::Uring(ring, buffers) => stream(&slab, ring, buffers, visits, &each),
+        }
     }
 
     /// Reads `ranges` (in any order, overlaps allowed) into `into` and checks every page touched.
     ///
     /// # Errors
-    /// [`Error::Data`] for an I/O error, a file that became shorter, or a page whose checksum is wrong, with path and offset.
+    /// As [`Self::visit`].
     pub fn fetch(&mut self, ranges: &[Range<u64>], into: &mut Fetched) -> Result<()> {
-        let slab = &self.slab;
+        let slab = self.slab.clone();
         into.pieces = page_pieces(ranges, slab.page_bytes, slab.file_bytes);
         let bytes = into.pieces.last().map_or(0, |p| p.at + aligned_len(&p.range));
-        let buffer = into.buffer.resize(bytes);
-        let ops = read_ops(&into.pieces, slab.page_bytes);
-        {
-            let _span = tracing::trace_span!("read", bytes).entered();
-            faults::delay_read();
-            match &mut self.engine {
-                Engine::Uring(ring) => ring.read(&slab.file, slab.file_bytes, &ops, buffer),
-                Engine::Threads => threads::read(&slab.file, slab.file_bytes, &ops, buffer),
-            }
-            .map_err(|(offset, e)| Error::io("cannot read the slab", &slab.path, e).offset(offset))?;
-        }
-        let wanted: u64 = into.pieces.iter().map(|p| p.range.end - p.range.start).sum();
-        // Relaxed: a statistic.
-        slab.read_bytes.fetch_add(wanted, Ordering::Relaxed);
-        let _span = tracing::trace_span!("check").entered();
+        let mut rest = into.buffer.resize(bytes);
+        let mut taken = 0;
+        let mut visits = Vec::new();
         for piece in &into.pieces {
-            let mut at = piece.at;
-            let mut offset = piece.range.start;
-            while offset < piece.range.end {
-                let len = slab.page_bytes.min(piece.range.end - offset) as usize;
-                slab.check_page((offset / slab.page_bytes) as usize, &into.buffer.bytes()[at..at + len])?;
-                at += len;
-                offset += len as u64;
+            (_, rest) = rest.split_at_mut(piece.at - taken);
+            taken = piece.at;
+            for page in piece.range.start / slab.page_bytes..piece.range.end.div_ceil(slab.page_bytes) {
+                let range = slab.page_range(page);
+                let (target, tail) = rest.split_at_mut((range.end - range.start) as usize);
+                taken += target.len();
+                visits.push(Visit { page, target: Some(target), shared: false, item: () });
+                rest = tail;
             }
         }
-        Ok(())
+        self.visit(visits, |visit, page| {
+            if let (Some(target), Some(bytes)) = (visit.target, page.bytes) {
+                target.copy_from_slice(bytes);
+            }
+            Ok(())
+        })
+    }
+}
+
+impl Engine {
+    fn for_disk(slab: &SlabFile) -> Self {
+        static SAID: std::sync::Once = std::sync::Once::new();
+        let bytes = READ_BYTES_MAX.max(slab.page_bytes);
+        // A small slab needs no deep queue.
+        let depth = (QUEUE_BYTES / bytes).min(slab.file_bytes.div_ceil(bytes)).max(2) as usize;
+        let refused = faults::refuses("io_uring").then(|| std::io::Error::from(std::io::ErrorKind::PermissionDenied));
+        match refused.map_or_else(|| Uring::new(depth, bytes as usize), Err) {
+            Ok((ring, buffers)) => Self::Uring(Box::new(ring), buffers),
+            Err(e) => {
+                SAID.call_once(|| tracing::warn!("io_uring is not available ({e}); reading with threads instead"));
+                Self::Pread(pread_pool())
+            }
+        }
+    }
+}
+
+/// Threads that mostly wait for a disk; none if they cannot be started, and then rayon's own do it.
+fn pread_pool() -> Option<rayon::ThreadPool> {
+    let threads = PREAD_THREADS.max(rayon::current_num_threads());
+    rayon::ThreadPoolBuilder::new().num_threads(threads).thread_name(|i| format!("read-{i}")).build().ok()
+}
+
+thread_local! {
+    /// One page, which stays in the cache of the processor that reads it.
+    static PAGE: RefCell<AlignedBuffer> = RefCell::default();
+}
+
+impl SlabFile {
+    /// Reads one page in the calling thread.
+    fn visit<T>(&self, mut visit: Visit<'_, T>, each: &impl for<'v> Fn(Visit<'v, T>, Page<'_>) -> Result<()>) -> Result<()> {
+        let range = self.page_range(visit.page);
+        let op = self.op(&range);
+        // Relaxed: a statistic.
+        self.read_bytes.fetch_add(op.expected as u64, Ordering::Relaxed);
+        if let Some(target) = visit.target.as_deref_mut().filter(|t| !self.direct && t.len() == op.expected) {
+            timed(Stage::Read, || pread::read(&self.file, op, target)).map_err(|e| self.failure(e))?;
+            let hash = self.check_page(visit.page, target)?;
+            return each(visit, Page { hash, start: range.start, bytes: None });
+        }
+        PAGE.with_borrow_mut(|buffer| {
+            let buffer = buffer.resize(op.len);
+            timed(Stage::Read, || pread::read(&self.file, op, buffer)).map_err(|e| self.failure(e))?;
+            self.hand_over(visit, &buffer[..op.expected], each)
+        })
+    }
+
+    /// Checks a page and hands it to `each`.
+    fn hand_over<T>(&self, visit: Visit<'_, T>, bytes: &[u8], each: &impl for<'v> Fn(Visit<'v, T>, Page<'_>) -> Result<()>) -> Result<()> {
+        let hash = self.check_page(visit.page, bytes)?;
+        if visit.shared && self.direct {
+            self.keep(visit.page, hash, bytes);
+        }
+        let start = self.page_range(visit.page).start;
+        each(visit, Page { hash, start, bytes: Some(bytes) })
+    }
+}
+
+/// A buffer on its way back to the thread that reads, whatever happens to the thread that works on it.
+struct Returned {
+    buffer: Option<Buffer>,
+    to: Sender<Buffer>,
+}
+
+impl Drop for Returned {
+    fn drop(&mut self) {
+        if let Some(buffer) = self.buffer.take() {
+            // The receiver lives until all work is done.
+            let _ = self.to.send(buffer);
+        }
+    }
+}
+
+/// Keeps the queue full of reads and hands what arrives to rayon's threads.
+fn stream<T: Send>(
+    slab: &SlabFile,
+    ring: &mut Uring,
+    free: &mut Vec<Buffer>,
+    visits: Vec<Visit<'_, T>>,
+    each: &(impl for<'v> Fn(Visit<'v, T>, Page<'_>) -> Result<()> + Sync),
+) -> Result<()> {
+    let (send, receive) = channel::<Buffer>();
+    let failed: Mutex<Option<Error>> = Mutex::new(None);
+    let fail = |error: Error| {
+        if let Ok(mut failed) = failed.lock() {
+            failed.get_or_insert(error);
+        }
+    };
+    let has_failed = || failed.lock().map_or(true, |f| f.is_some());
+    let mut runs = runs(slab, visits).into_iter();
+    let mut pending: Vec<Option<Vec<Visit<'_, T>>>> = (0..ring.capacity()).map(|_| None).collect();
+    rayon::in_place_scope(|scope| {
+        loop {
+            free.extend(receive.try_iter());
+            while !has_failed()
+                && let Some(buffer) = free.pop()
+            {
+                let Some(run) = runs.next() else {
+                    free.push(buffer);
+                    break;
+                };
+                let range = run_range(slab, &run);
+                // Relaxed: a statistic.
+                slab.read_bytes.fetch_add(range.end - range.start, Ordering::Relaxed);
+                pending[buffer.index()] = Some(run);
+                ring.submit(&slab.file, slab.op(&range), buffer);
+            }
+            let start = Instant::now();
+            let Some((buffer, result)) = ring.wait(&slab.file) else {
+                if has_failed() || runs.len() == 0 {
+                    break;
+                }
+                // Every buffer is being worked on.
+                match receive.recv() {
+                    Ok(buffer) => free.push(buffer),
+                    Err(_) => break,
+                }
+                continue;
+            };
+            stages::add(Stage::Read, start.elapsed());
+            let run = pending[buffer.index()].take().unwrap_or_default();
+            match result {
+                Err(e) => {
+                    fail(slab.failure(e));
+                    free.push(buffer);
+                }
+                Ok(()) => {
+                    let buffer = Returned { buffer: Some(buffer), to: send.clone() };
+                    let fail = &fail;
+                    scope.spawn(move |_| {
+                        if let Err(error) = work(slab, buffer.buffer.as_ref(), run, each) {
+                            fail(error);
+                        }
+                        drop(buffer);
+                    });
+                }
+            }
+        }
+    });
+    drop(send);
+    free.extend(receive.iter());
+    failed.into_inner().unwrap_or(None).map_or(Ok(()), Err)
+}
+
+/// Checks and hands over the pages of a run.
+fn work<T>(
+    slab: &SlabFile,
+    buffer: Option<&Buffer>,
+    run: Vec<Visit<'_, T>>,
+    each: &impl for<'v> Fn(Visit<'v, T>, Page<'_>) -> Result<()>,
+) -> Result<()> {
+    let Some(buffer) = buffer else { return Ok(()) };
+    let start = run_range(slab, &run).start;
+    for visit in run {
+        let range = slab.page_range(visit.page);
+        slab.hand_over(visit, &buffer.bytes()[(range.start - start) as usize..(range.end - start) as usize], each)?;
+    }
+    Ok(())
+}
+
+/// Visits in runs of neighbouring pages, one read each: first the pages that the next chunk needs too, so that they have been kept
+/// when it asks.
+fn runs<'a, T>(slab: &SlabFile, visits: Vec<Visit<'a, T>>) -> Vec<Vec<Visit<'a, T>>> {
+    let (shared, mut own): (Vec<_>, Vec<_>) = visits.into_iter().partition(|v| v.shared);
+    own.sort_by_key(|v| v.page);
+    let mut runs: Vec<Vec<Visit<'a, T>>> = shared.into_iter().map(|v| vec![v]).collect();
+    let first = runs.len();
+    let most = (READ_BYTES_MAX / slab.page_bytes).max(1) as usize;
+    for visit in own {
+        match runs[first..].last_mut() {
+            Some(run) if run.len() < most && run.last().is_some_and(|v| v.page + 1 == visit.page) => run.push(visit),
+            _ => runs.push(vec![visit]),
+        }
+    }
+    runs
+}
+
+fn run_range<T>(slab: &SlabFile, run: &[Visit<'_, T>]) -> Range<u64> {
+    match (run.first(), run.last()) {
+        (Some(first), Some(last)) => slab.page_range(first.page).start..slab.page_range(last.page).end,
+        _ => 0..0,
     }
 }
 
@@ -308,26 +408,6 @@ fn page_pieces(ranges: &[Range<u64>], page_bytes: u64, file_bytes: u64) -> Vec<P
         }
     }
     pieces
-}
-
-fn read_ops(pieces: &[Piece], page_bytes: u64) -> Vec<ReadOp> {
-    let step = READ_BYTES_MAX.max(page_bytes);
-    let mut ops = Vec::new();
-    for piece in pieces {
-        let mut offset = piece.range.start;
-        while offset < piece.range.end {
-            let end = (offset + step).min(piece.range.end);
-            let len = ((end - offset) as usize).next_multiple_of(ALIGN);
-            ops.push(ReadOp { offset, into: piece.at + (offset - piece.range.start) as usize, len });
-            offset = end;
-        }
-    }
-    ops
-}
-
-/// Bytes that a read must bring: all of it, or what the file still has.
-fn expected_len(op: &ReadOp, file_bytes: u64) -> usize {
-    op.len.min(file_bytes.saturating_sub(op.offset) as usize)
 }
 
 #[cfg(test)]

@@ -1,6 +1,10 @@
 //! Ranges, page hashes, short files: both engines against the bytes that were written.
 #![allow(clippy::unwrap_used, clippy::expect_used)]
 
+use std::fs::File;
+use std::os::unix::fs::OpenOptionsExt;
+use std::sync::atomic::AtomicU64;
+
 use super::*;
 use proptest::prelude::*;
 
@@ -18,6 +22,7 @@ fn slab_file(bytes: &[u8], page_bytes: u64, hashes: bool) -> (tempfile::NamedTem
         from_manifest: hashes,
         read_bytes: AtomicU64::new(0),
         direct: true,
+        kept: Mutex::default(),
     };
     (temp, Arc::new(this))
 }
