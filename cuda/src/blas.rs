@@ -69,13 +69,13 @@ impl Shape {
         [turned(self.transpose_a, self.m, self.k), turned(self.transpose_b, self.k, self.n), (self.m, self.n)]
     }
 
-    /// The same product of dense matrices, where columns then still start at multiples of 16 bytes.
+    /// The same product of matrices without gaps, besides those that bring columns to multiples of 16 bytes where they are there now.
     fn dense(&self) -> Self {
         let types = [self.input, self.input, self.output];
         let mut strides = self.strides;
         for ((stride, (rows, _)), ty) in strides.iter_mut().zip(self.stored()).zip(types) {
-            if (*stride * ty.bytes()).is_multiple_of(16) && (rows * ty.bytes()).is_multiple_of(16) {
-                *stride = rows;
+            if (*stride * ty.bytes()).is_multiple_of(16) {
+                *stride = rows.next_multiple_of(ty.lanes());
             }
         }
         Self { strides, ..*self }
@@ -356,5 +356,30 @@ impl Drop for Blas {
             // SAFETY: created in `new`, destroyed only here, after the plans.
             let _ = unsafe { sys::cublasLtDestroy(self.handle) };
         }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_view_and_a_dense_matrix_ask_for_the_same_algorithm() {
+        let shape = |strides: [usize; 3]| Shape {
+            transpose_a: true,
+            transpose_b: false,
+            m: 300,
+            n: 50,
+            k: 100,
+            strides,
+            input: Ty::Bf16,
+            output: Ty::F32,
+            alignment: [16; 3],
+        };
+        let dense = shape([104, 104, 300]);
+        assert_eq!(dense.dense(), dense);
+        assert_eq!(shape([6160, 128, 2048]).dense(), dense);
+        // What is not aligned stays as it is.
+        assert_eq!(shape([100, 104, 300]).dense().strides, [100, 104, 300]);
     }
 }

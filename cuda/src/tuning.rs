@@ -31,6 +31,8 @@ pub struct Tuning {
     pub multiprocessors: u32,
     /// Whether a dequantised matrix is used again within its visit, as long as its memory is not needed.
     pub keep: bool,
+    /// Whether an adapter's second matrix stands beside the frozen one in one product. Changes last bits.
+    pub join: bool,
     /// Elements of the largest piece of a matrix that is multiplied at once. Changes last bits.
     pub piece: usize,
     /// MiB for dequantised matrices instead of the plan's choice; 0 for that.
@@ -39,7 +41,7 @@ pub struct Tuning {
 
 impl Default for Tuning {
     fn default() -> Self {
-        Self { side: Side::Off, blocks: 0, multiprocessors: 0, keep: true, piece: 1 << 27, ring_mib: 0 }
+        Self { side: Side::Off, blocks: 0, multiprocessors: 0, keep: true, join: true, piece: 1 << 27, ring_mib: 0 }
     }
 }
 
@@ -61,7 +63,7 @@ impl FromStr for Tuning {
         for pair in text.split(',').map(str::trim).filter(|p| !p.is_empty()) {
             let wrong = || {
                 Error::config(format!("'{pair}' is no tuning"))
-                    .expected("side=off|low|high, blocks=N, sms=N, keep=0|1, piece=ELEMENTS, ring=MIB")
+                    .expected("side=off|low|high, blocks=N, sms=N, keep=0|1, join=0|1, piece=ELEMENTS, ring=MIB")
             };
             let (name, value) = pair.split_once('=').ok_or_else(wrong)?;
             let number = || value.parse::<usize>().map_err(|_| wrong());
@@ -74,6 +76,8 @@ impl FromStr for Tuning {
                 ("sms", _) => tuning.multiprocessors = small()?,
                 ("keep", "0") => tuning.keep = false,
                 ("keep", "1") => tuning.keep = true,
+                ("join", "0") => tuning.join = false,
+                ("join", "1") => tuning.join = true,
                 ("piece", _) => tuning.piece = number()?.max(1),
                 ("ring", _) => tuning.ring_mib = number()?,
                 _ => return Err(wrong()),
@@ -90,8 +94,8 @@ mod tests {
 
     #[test]
     fn pairs_are_read_and_nonsense_is_refused() {
-        let tuning: Tuning = "side=high, blocks=16,sms=116,keep=0,piece=1000,ring=64".parse().unwrap();
-        let expected = Tuning { side: Side::High, blocks: 16, multiprocessors: 116, keep: false, piece: 1000, ring_mib: 64 };
+        let tuning: Tuning = "side=high, blocks=16,sms=116,keep=0,join=0,piece=1000,ring=64".parse().unwrap();
+        let expected = Tuning { side: Side::High, blocks: 16, multiprocessors: 116, keep: false, join: false, piece: 1000, ring_mib: 64 };
         assert_eq!(tuning, expected);
         assert_eq!("".parse::<Tuning>().unwrap(), Tuning::default());
         for bad in ["side", "side=up", "blocks=-1", "keep=2", "speed=9"] {

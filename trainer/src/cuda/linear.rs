@@ -11,6 +11,7 @@ use serenity_protocol::{Error, Result};
 
 use super::attention::Engines;
 use super::clock::{Clock, Phase};
+use super::plan::{Reserve, Shape};
 use super::tiles::{Part, Tiles, pieces};
 
 /// What the operations of a visit share.
@@ -116,6 +117,15 @@ impl Low {
     }
 }
 
+/// A matrix `[rows, cols + rank]` for [`Linear::forward_joined`] and [`Linear::backward_joined`], rows at multiples of 16 bytes.
+///
+/// # Errors
+/// If there is not so much left.
+pub fn joined(r: &dyn Reserve, s: &Shape, rows: usize, cols: usize) -> Result<Mat> {
+    let stride = (cols + s.rank).next_multiple_of(8);
+    r.mat(s.ty, rows, stride)?.columns(0, cols + s.rank)
+}
+
 impl Linear {
     /// Whether it has an adapter.
     #[must_use]
@@ -134,7 +144,7 @@ impl Linear {
         for rows in pieces(out, inner, c.gpu.tuning().piece) {
             let y = y.columns(rows.start, rows.len())?;
             let part = Part { rows, cols: 0..inner };
-            c.tile.with(c, &self.weight, &part, |weight| c.product(|gpu| gpu.gemm_nt(y, x, weight, 1.0, 0.0)))?;
+            c.tile.with(c, &self.weight, None, &part, |weight| c.product(|gpu| gpu.gemm_nt(y, x, weight, 1.0, 0.0)))?;
         }
         if let Some(lora) = self.lora {
             let low = low.rows(x.rows)?;
@@ -170,12 +180,72 @@ impl Linear {
         for cols in pieces(inner, out, c.gpu.tuning().piece) {
             let dx = dx.columns(cols.start, cols.len())?;
             let part = Part { rows: 0..out, cols };
-            c.tile.with(c, &self.weight, &part, |weight| c.product(|gpu| gpu.gemm_nn(dx, dy, weight, 1.0, beta)))?;
+            c.tile.with(c, &self.weight, None, &part, |weight| c.product(|gpu| gpu.gemm_nn(dx, dy, weight, 1.0, beta)))?;
         }
         match self.lora {
             Some(lora) => c.product(|gpu| gpu.gemm_nn(dx, low.0, lora.a, 1.0, 1.0)),
             None => Ok(()),
         }
+    }
+
+    /// `y [T, out]` from `xt`, a [`joined`] matrix with `[T, in]` in front. Its tail becomes `x Aᵀ`, so that one product with the frozen matrix
+    /// and B beside each other gives the sum of both: `y` is written once and never read.
+    ///
+    /// # Errors
+    /// [`Error::Invariant`] if the shapes do not fit.
+    pub fn forward_joined(&self, c: &Context<'_>, y: Mat, xt: Mat, low: Low) -> Result<()> {
+        let (out, inner) = self.weight.shape();
+        let x = xt.columns(0, inner)?;
+        let Some(lora) = self.lora.filter(|_| c.gpu.tuning().join) else { return self.forward(c, y, x, low) };
+        self.check("output", y, x.rows, out)?;
+        let tail = xt.columns(inner, lora.a.rows)?;
+        c.product(|gpu| gpu.gemm_nt(tail, x, lora.a, lora.scale, 0.0))?;
+        let xt = xt.columns(0, inner + lora.a.rows)?;
+        for rows in pieces(out, inner, c.gpu.tuning().piece) {
+            let y = y.columns(rows.start, rows.len())?;
+            let part = Part { rows, cols: 0..inner };
+            c.tile.with(c, &self.weight, Some(lora.b), &part, |weight| c.product(|gpu| gpu.gemm_nt(y, xt, weight, 1.0, 0.0)))?;
+        }
+        Ok(())
+    }
+
+    /// As [`Self::backward`], from the `xt` that [`Self::forward_joined`] has left, to the [`joined`] matrix `dxt` (its tail is only written).
+    /// The product that gives the gradient of `x` gives that of `x Aᵀ` beside it, so that `dy` is read once less.
+    ///
+    /// # Errors
+    /// [`Error::Invariant`] if the shapes do not fit.
+    pub fn backward_joined(&self, c: &Context<'_>, xt: Mat, dy: Mat, dxt: Option<Mat>, low: Low) -> Result<()> {
+        let (out, inner) = self.weight.shape();
+        let x = xt.columns(0, inner)?;
+        let Some(lora) = self.lora.filter(|_| c.gpu.tuning().join) else {
+            return self.backward(c, x, dy, dxt.map(|d| d.columns(0, inner)).transpose()?, false, low);
+        };
+        self.check("output's gradient", dy, x.rows, out)?;
+        let rank = lora.a.rows;
+        let hidden = xt.columns(inner, rank)?;
+        let dhidden = match dxt {
+            Some(dxt) => {
+                for cols in pieces(inner, out, c.gpu.tuning().piece) {
+                    let width = cols.len() + if cols.end == inner { rank } else { 0 };
+                    let dx = dxt.columns(cols.start, width)?;
+                    let part = Part { rows: 0..out, cols };
+                    c.tile.with(c, &self.weight, Some(lora.b), &part, |weight| c.product(|gpu| gpu.gemm_nn(dx, dy, weight, 1.0, 0.0)))?;
+                }
+                dxt.columns(inner, rank)?
+            }
+            None => {
+                let dhidden = low.rows(dy.rows)?.0;
+                c.product(|gpu| gpu.gemm_nn(dhidden, dy, lora.b, 1.0, 0.0))?;
+                dhidden
+            }
+        };
+        c.product(|gpu| {
+            gpu.gemm_tn(lora.da, dhidden, x, lora.scale, 1.0)?;
+            gpu.gemm_tn(lora.db, dy, hidden, 1.0, 1.0)
+        })?;
+        let Some(dxt) = dxt else { return Ok(()) };
+        let dx = dxt.columns(0, inner)?;
+        c.product(|gpu| gpu.gemm_nn(dx, dhidden, lora.a, lora.scale, 1.0))
     }
 
     fn check(&self, what: &str, mat: Mat, rows: usize, cols: usize) -> Result<()> {

@@ -7,7 +7,7 @@ use serenity_protocol::Result;
 
 use super::attention::{self, Heads, Kept};
 use super::conditioning::Conditioning;
-use super::linear::{Context, Linear, Low};
+use super::linear::{Context, Linear, Low, joined};
 use super::plan::{Reserve, Shape};
 
 /// The block's weights.
@@ -26,6 +26,7 @@ pub struct Weights {
 /// Activations of a visit.
 #[derive(Debug, Clone, Copy)]
 pub struct Space {
+    /// Joined with the low-rank branch of `project`.
     normed: Mat,
     /// Queries, keys, values, gate and value; in the backward pass then their gradients.
     projected: Mat,
@@ -33,7 +34,7 @@ pub struct Space {
     kept: Kept,
     /// Input of `to_out`: attention, then feed-forward part.
     joined: Mat,
-    /// Output of `to_out`, its gradient, and the gradient of `normed`, one after the other.
+    /// Output of `to_out`, its gradient, and the gradient of `normed` (joined as that is), one after the other.
     out: Mat,
     low: Low,
     djoined: Mat,
@@ -49,12 +50,12 @@ impl Space {
         let (t, d, m) = (s.rows(), s.inner, s.mlp);
         let mat = |cols: usize| r.mat(s.ty, t, cols);
         Ok(Self {
-            normed: mat(d)?,
+            normed: joined(r, s, t, d)?,
             projected: mat(3 * d + 2 * m)?,
             heads: Heads::new(r, s)?,
             kept: Kept::new(r, s)?,
             joined: mat(d + m)?,
-            out: mat(d)?,
+            out: joined(r, s, t, d)?,
             low: Low(mat(s.rank)?, mat(s.rank)?),
             djoined: mat(d + m)?,
             dheads: Heads::new(r, s)?,
@@ -91,8 +92,9 @@ impl Weights {
 
     fn up_to_out(&self, c: &Context<'_>, s: &Shape, w: &Space, cond: &Conditioning, h: Mat) -> Result<()> {
         let m = &cond.single;
-        c.pass(|gpu| gpu.ln_mod(w.normed, h, m.shift, m.scale, s.eps))?;
-        self.project.forward(c, w.projected, w.normed, w.low)?;
+        let normed = w.normed.columns(0, s.inner)?;
+        c.pass(|gpu| gpu.ln_mod(normed, h, m.shift, m.scale, s.eps))?;
+        self.project.forward_joined(c, w.projected, w.normed, w.low)?;
         let (packed, gate, value) = parts(w.projected, s)?;
         c.pass(|gpu| gpu.qk_norm_rope(joint(&w.heads, s), packed, &self.norm(s, cond)))?;
         attention::forward(c, w.joined.columns(0, s.inner)?, &w.heads, &w.kept)?;
@@ -106,8 +108,9 @@ impl Weights {
     /// The engine's.
     pub fn forward(&self, c: &Context<'_>, s: &Shape, w: &Space, cond: &Conditioning, y: Mat, h: Mat) -> Result<()> {
         self.up_to_out(c, s, w, cond, h)?;
-        self.out.forward(c, w.out, w.joined, w.low)?;
-        c.pass(|gpu| gpu.gated_residual(y, h, cond.single.gate, w.out))
+        let out = w.out.columns(0, s.inner)?;
+        self.out.forward(c, out, w.joined, w.low)?;
+        c.pass(|gpu| gpu.gated_residual(y, h, cond.single.gate, out))
     }
 
     /// Adds the adapters' gradients, and turns `dh` from the gradient of the block's output into that of its input `h` if `need_input`.
@@ -118,13 +121,14 @@ impl Weights {
     pub fn backward(&self, c: &Context<'_>, s: &Shape, w: &Space, cond: &Conditioning, dh: Mat, h: Mat, need_input: bool) -> Result<()> {
         let need_projected = need_input || self.project.adapted();
         self.up_to_out(c, s, w, cond, h)?;
-        c.pass(|gpu| gpu.gated_residual_bwd(w.out, cond.single.gate, dh))?;
-        self.out.backward(c, w.joined, w.out, need_projected.then_some(w.djoined), false, w.low)?;
+        let dout = w.out.columns(0, s.inner)?;
+        c.pass(|gpu| gpu.gated_residual_bwd(dout, cond.single.gate, dh))?;
+        self.out.backward(c, w.joined, dout, need_projected.then_some(w.djoined), false, w.low)?;
         if !need_projected {
             return Ok(());
         }
-        let (dout, out) = (w.djoined.columns(0, s.inner)?, w.joined.columns(0, s.inner)?);
-        attention::backward(c, &w.dheads, dout, out, &w.heads, &w.kept)?;
+        let (dattended, attended) = (w.djoined.columns(0, s.inner)?, w.joined.columns(0, s.inner)?);
+        attention::backward(c, &w.dheads, dattended, attended, &w.heads, &w.kept)?;
         // In place: each value's gradient is written by the thread that has read it.
         let (packed, gate, value) = parts(w.projected, s)?;
         let dhidden = w.djoined.columns(s.inner, s.mlp)?;
@@ -132,10 +136,10 @@ impl Weights {
             gpu.qk_norm_rope_bwd(packed, joint(&w.dheads, s), packed, &self.norm(s, cond))?;
             gpu.swiglu_bwd(gate, value, dhidden, gate, value)
         })?;
-        self.project.backward(c, w.normed, w.projected, need_input.then_some(w.out), false, w.low)?;
+        self.project.backward_joined(c, w.normed, w.projected, need_input.then_some(w.out), w.low)?;
         if !need_input {
             return Ok(());
         }
-        c.pass(|gpu| gpu.ln_mod_bwd(dh, Some(dh), w.out, h, cond.single.scale, s.eps))
+        c.pass(|gpu| gpu.ln_mod_bwd(dh, Some(dh), w.out.columns(0, s.inner)?, h, cond.single.scale, s.eps))
     }
 }

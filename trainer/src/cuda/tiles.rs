@@ -47,16 +47,27 @@ pub struct Part {
     pub cols: Range<usize>,
 }
 
+/// Rows of an entry that are dequantised at once.
+#[derive(Debug)]
+struct Piece {
+    rows: Range<usize>,
+    /// Behind their dequantisation, until the compute stream has waited for it.
+    ready: Option<Event>,
+    /// Whether the tail's columns are there.
+    tailed: bool,
+}
+
 /// A part of the ring's memory that holds a part of a matrix.
 #[derive(Debug)]
 struct Entry {
     /// Where the matrix comes from, and which part of it this is.
     from: Ptr,
     part: Part,
+    /// Columns of the tail behind those of the part.
+    tail: usize,
     place: Range<usize>,
     mat: Mat,
-    /// Row ranges within the entry, each with the event behind its dequantisation until the compute stream has waited for it.
-    ready: Vec<(Range<usize>, Option<Event>)>,
+    pieces: Vec<Piece>,
     /// Recorded on the compute stream behind the last product that read it.
     used: Event,
     /// Whether it may be found: it is of this visit.
@@ -96,86 +107,118 @@ impl Tiles {
         *self.state.borrow_mut() = State::default();
     }
 
-    /// Queues `product` with a part of `weight` in the activations' type: one of the pieces that it is cut into by rows or by columns.
+    /// Queues `product` with a part of `weight` in the activations' type: one of the pieces that it is cut into by rows or by columns. A `tail`
+    /// of as many rows stands behind the last column.
     ///
     /// # Errors
     /// [`Error::Invariant`] if the part is larger than the ring; those of `product`.
-    pub fn with(&self, c: &Context<'_>, weight: &Weight, part: &Part, product: impl FnOnce(Mat) -> Result<()>) -> Result<()> {
-        if let Weight::Dense(mat) = weight
+    pub fn with(
+        &self,
+        c: &Context<'_>,
+        weight: &Weight,
+        tail: Option<Mat>,
+        part: &Part,
+        product: impl FnOnce(Mat) -> Result<()>,
+    ) -> Result<()> {
+        if let (Weight::Dense(mat), None) = (weight, tail)
             && mat.ty == c.ty
         {
             return product(view(*mat, part)?);
         }
+        let width = tail.map_or(0, |t| t.cols);
+        let tail = tail.filter(|_| part.cols.end == weight.shape().1);
         let mut state = self.state.borrow_mut();
-        let index = match state.find(weight.address(), part) {
+        let index = match state.find(weight.address(), part, tail.map_or(0, |t| t.cols)) {
             Some(index) => index,
-            None => self.bring(&mut state, c, weight, part)?,
+            None => self.bring(&mut state, c, weight, width, part)?,
         };
         let State { entries, idle, .. } = &mut *state;
         let entry = entries.get_mut(index).ok_or_else(|| Error::invariant("a dequantised matrix is not there"))?;
         let rows = part.rows.start - entry.part.rows.start..part.rows.end - entry.part.rows.start;
-        let cols = part.cols.start - entry.part.cols.start..part.cols.end - entry.part.cols.start;
-        for (range, ready) in entry.ready.iter_mut().filter(|(range, _)| range.start < rows.end && rows.start < range.end) {
-            let _ = range;
-            if let Some(event) = ready.take() {
+        let first = part.cols.start - entry.part.cols.start;
+        let behind = entry.part.cols.len();
+        for piece in entry.pieces.iter_mut().filter(|p| p.rows.start < rows.end && rows.start < p.rows.end) {
+            if let Some(event) = piece.ready.take() {
                 c.time(Phase::Tile, || c.gpu.compute().wait(&event))?;
                 idle.push(event);
             }
+            if let Some(tail) = tail.filter(|_| !piece.tailed) {
+                // Here and not beside: adapters change between steps, on this stream.
+                let to = entry.mat.rows(piece.rows.start, piece.rows.len())?.columns(behind, tail.cols)?;
+                let from = tail.rows(entry.part.rows.start + piece.rows.start, piece.rows.len())?;
+                c.pass(|gpu| gpu.cast(to, from))?;
+                piece.tailed = true;
+            }
         }
+        let cols = first..first + part.cols.len() + tail.map_or(0, |t| t.cols);
         product(view(entry.mat, &Part { rows, cols })?)?;
         if c.gpu.tuning().side == Side::Off { Ok(()) } else { c.gpu.compute().record(&entry.used) }
     }
 
-    /// Makes an entry for a part, or for the whole matrix where that fits, and queues its dequantisation.
-    fn bring(&self, state: &mut State, c: &Context<'_>, weight: &Weight, part: &Part) -> Result<usize> {
+    /// Makes an entry for a part, or for the whole matrix where that fits, with room for `tail` columns behind the last one, and queues its
+    /// dequantisation.
+    fn bring(&self, state: &mut State, c: &Context<'_>, weight: &Weight, tail: usize, part: &Part) -> Result<usize> {
         let (out, inner) = weight.shape();
         let tuning = c.gpu.tuning();
         let whole = Part { rows: 0..out, cols: 0..inner };
-        let part = if tuning.keep && out * inner * c.ty.bytes() <= self.bytes { &whole } else { part };
+        let fits = tuning.keep && out * stride(inner, tail) * c.ty.bytes() <= self.bytes;
+        let part = if fits { &whole } else { part };
+        let tail = if part.cols.end == inner { tail } else { 0 };
         let (rows, cols) = (part.rows.len(), part.cols.len());
-        let place = state.place(self.bytes, rows * cols * c.ty.bytes())?;
+        let stride = stride(cols, tail);
+        let place = state.place(self.bytes, rows * stride * c.ty.bytes())?;
+        self.make_room(state, c.gpu, &place)?;
+        let mat = Mat { stride, ..Mat::new(self.base.offset(place.start), c.ty, rows, cols + tail) };
         let side = c.gpu.side();
-        let State { entries, idle, next } = state;
-        // Whatever lies there must have been read.
-        let mut kept = Vec::with_capacity(entries.len() + 1);
-        for entry in entries.drain(..) {
-            if entry.place.end <= place.start || place.end <= entry.place.start {
-                kept.push(entry);
-                continue;
-            }
-            if tuning.side != Side::Off {
-                side.wait(&entry.used)?;
-            }
-            idle.push(entry.used);
-            idle.extend(entry.ready.into_iter().filter_map(|(_, event)| event));
-        }
-        *entries = kept;
-        *next = place.end.next_multiple_of(ALIGNMENT);
-        let mat = Mat::new(self.base.offset(place.start), c.ty, rows, cols);
-        let mut event = || idle.pop().map_or_else(|| Event::new(c.gpu.context()), Ok);
+        let mut event = || state.idle.pop().map_or_else(|| Event::new(c.gpu.context()), Ok);
         let mut ready = Vec::new();
-        for range in pieces(rows, cols, tuning.piece) {
-            let from = Part { rows: part.rows.start + range.start..part.rows.start + range.end, cols: part.cols.clone() };
-            c.clock.on(c.gpu, side, Phase::Dequantise, || {
-                convert(c.gpu, side, tuning.blocks, mat.rows(range.start, range.len())?, weight, &from)
-            })?;
+        for rows in pieces(rows, cols, tuning.piece) {
+            let from = Part { rows: part.rows.start + rows.start..part.rows.start + rows.end, cols: part.cols.clone() };
+            let to = mat.rows(rows.start, rows.len())?.columns(0, cols)?;
+            c.clock.on(c.gpu, side, Phase::Dequantise, || convert(c.gpu, side, tuning.blocks, to, weight, &from))?;
             let done = if tuning.side == Side::Off { None } else { Some(event()?) };
             if let Some(done) = &done {
                 side.record(done)?;
             }
-            ready.push((range, done));
+            ready.push(Piece { rows, ready: done, tailed: false });
         }
         let used = event()?;
-        entries.push(Entry { from: weight.address(), part: part.clone(), place, mat, ready, used, current: true });
-        Ok(entries.len() - 1)
+        state.entries.push(Entry { from: weight.address(), part: part.clone(), tail, place, mat, pieces: ready, used, current: true });
+        Ok(state.entries.len() - 1)
+    }
+
+    /// Drops the entries that lie at `place`; what is written there next waits for their last use.
+    fn make_room(&self, state: &mut State, gpu: &Gpu, place: &Range<usize>) -> Result<()> {
+        let mut kept = Vec::with_capacity(state.entries.len() + 1);
+        for entry in state.entries.drain(..) {
+            if entry.place.end <= place.start || place.end <= entry.place.start {
+                kept.push(entry);
+                continue;
+            }
+            if gpu.tuning().side != Side::Off {
+                gpu.side().wait(&entry.used)?;
+            }
+            state.idle.push(entry.used);
+            state.idle.extend(entry.pieces.into_iter().filter_map(|piece| piece.ready));
+        }
+        state.entries = kept;
+        state.next = place.end.next_multiple_of(ALIGNMENT);
+        Ok(())
     }
 }
 
+/// Elements from one row of an entry to the next: rows start at multiples of 16 bytes.
+fn stride(cols: usize, tail: usize) -> usize {
+    if tail == 0 { cols } else { (cols + tail).next_multiple_of(8) }
+}
+
 impl State {
-    /// The entry that holds a part of the matrix at `from`.
-    fn find(&self, from: Ptr, part: &Part) -> Option<usize> {
+    /// The entry that holds a part of the matrix at `from`, and if it has `tail` columns behind it, these.
+    fn find(&self, from: Ptr, part: &Part, tail: usize) -> Option<usize> {
         let inside = |inner: &Range<usize>, outer: &Range<usize>| outer.start <= inner.start && inner.end <= outer.end;
-        let holds = |e: &Entry| e.current && e.from == from && inside(&part.rows, &e.part.rows) && inside(&part.cols, &e.part.cols);
+        let holds = |e: &Entry| {
+            e.current && e.from == from && e.tail >= tail && inside(&part.rows, &e.part.rows) && inside(&part.cols, &e.part.cols)
+        };
         self.entries.iter().position(holds)
     }
 
@@ -209,15 +252,16 @@ fn convert(gpu: &Gpu, stream: &Stream, blocks: u32, to: Mat, weight: &Weight, pa
     }
 }
 
-/// Sensible sizes of a ring for blocks of matrices of `shapes` (`(out, in)`, one list a block), smallest first: for one piece; for the smallest
-/// block, so that nothing comes twice in a visit; and for two, so that the next visit's can come meanwhile.
+/// Sensible sizes of a ring for blocks of matrices of `shapes` (`(out, in)`, one list a block) with tails of up to `tail` columns, smallest
+/// first: for one piece; for the smallest block, so that nothing comes twice in a visit; and for two, so that the next visit's can come
+/// meanwhile.
 #[must_use]
-pub fn ring_bytes(blocks: &[Vec<(usize, usize)>], ty: Ty, largest: usize) -> Vec<usize> {
-    let all = || blocks.iter().flatten();
-    let least = all().map(|(out, inner)| largest_piece(*out, *inner, largest)).max().unwrap_or(0) * ty.bytes() + ALIGNMENT;
-    let block =
-        |b: &Vec<(usize, usize)>| b.iter().map(|(out, inner)| (out * inner * ty.bytes()).next_multiple_of(ALIGNMENT)).sum::<usize>();
-    let small = blocks.iter().map(block).min().unwrap_or(0);
+pub fn ring_bytes(blocks: &[Vec<(usize, usize)>], ty: Ty, largest: usize, tail: usize) -> Vec<usize> {
+    let tail = tail.next_multiple_of(8) + 8;
+    let piece = |(out, inner): &(usize, usize)| largest_piece(*out, *inner, largest) + out * tail;
+    let least = blocks.iter().flatten().map(piece).max().unwrap_or(0) * ty.bytes() + ALIGNMENT;
+    let matrix = |(out, inner): &(usize, usize)| (out * (inner + tail) * ty.bytes()).next_multiple_of(ALIGNMENT);
+    let small = blocks.iter().map(|b| b.iter().map(matrix).sum::<usize>()).min().unwrap_or(0);
     let mut sizes = vec![least, small.max(least), (2 * small).max(least)];
     sizes.dedup();
     sizes
@@ -257,8 +301,8 @@ mod tests {
     #[test]
     fn the_ring_holds_a_large_piece_at_least_and_two_small_blocks_at_most() {
         let blocks = vec![vec![(55_296, 6144), (6144, 24_576)], vec![(6144, 6144); 3]];
-        let sizes = ring_bytes(&blocks, Ty::Bf16, LARGEST);
-        let block = (55_296 * 6144 + 6144 * 24_576) * 2;
+        let sizes = ring_bytes(&blocks, Ty::Bf16, LARGEST, 16);
+        let block = (55_296 * (6144 + 24) + 6144 * (24_576 + 24)) * 2;
         assert!((18_432 * 6144 * 2..2 * LARGEST * 2).contains(&sizes[0]));
         assert!(sizes.windows(2).all(|pair| pair[0] < pair[1]) && sizes.iter().all(|bytes| *bytes <= 2 * block));
     }

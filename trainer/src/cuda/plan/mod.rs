@@ -254,7 +254,7 @@ impl Plan {
         }
         let shapes: Vec<Vec<(usize, usize)>> = need.payloads.iter().map(|p| p.parts.iter().map(|w| (w.rows, w.cols)).collect()).collect();
         let tuning = Tuning::from_environment()?;
-        let mut rings = ring_bytes(&shapes, need.ty, tuning.piece);
+        let mut rings = ring_bytes(&shapes, need.ty, tuning.piece, need.shapes.first().map_or(0, |s| s.rank));
         if tuning.ring_mib > 0 {
             rings = vec![rings.first().copied().unwrap_or(0).max(tuning.ring_mib << 20)];
         }
