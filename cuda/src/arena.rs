@@ -45,7 +45,7 @@ impl Stack {
                 self.high.set(self.high.get().max(end));
                 Ok(start)
             }
-            _ => Err(Error::absent("the device memory set aside for training is used up")
+            _ => Err(Error::try_again("the device memory set aside for training is used up")
                 .expected(format!("{bytes} bytes"))
                 .found(format!("{} of {} bytes are left", self.capacity - start, self.capacity))
                 .advice(match end {
@@ -86,7 +86,7 @@ impl Arena {
     /// `bytes` bytes with undefined content.
     ///
     /// # Errors
-    /// [`Error::Absent`] if they do not fit, with how much is missing.
+    /// [`Error::TryAgain`] if they do not fit, with how much is missing.
     pub fn reserve(&self, bytes: usize) -> Result<Ptr> {
         self.stack.reserve(bytes).map(|offset| self.memory.ptr().offset(offset))
     }
@@ -94,7 +94,7 @@ impl Arena {
     /// A dense matrix with undefined content.
     ///
     /// # Errors
-    /// [`Error::Absent`] if it does not fit.
+    /// [`Error::TryAgain`] if it does not fit.
     pub fn mat(&self, ty: Ty, rows: usize, cols: usize) -> Result<Mat> {
         let bytes = rows
             .checked_mul(cols)
@@ -147,7 +147,7 @@ mod tests {
         let stack = Stack::new(4 << 20);
         stack.reserve(3 << 20).unwrap();
         let error = stack.reserve(3 << 20).unwrap_err();
-        assert_eq!(error.exit_code(), 69);
+        assert_eq!(error.exit_code(), 75);
         assert!(error.to_string().contains("2 MiB more"), "{error}");
         assert_eq!(stack.used.get(), 3 << 20, "a refused reservation changes nothing");
         assert!(stack.reserve(usize::MAX).is_err());

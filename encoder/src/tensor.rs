@@ -20,13 +20,17 @@ pub fn failed(what: &'static str) -> impl Fn(candle_core::Error) -> Error {
     }
 }
 
-/// The device of that kind.
+/// The device of that kind. A build without the tensor library's CUDA backend encodes on the processor where a GPU trains, and says so.
 ///
 /// # Errors
-/// [`Error::Absent`] where there is no such device, or the program was built without it.
+/// [`Error::Absent`] where there is no such device.
 pub fn device(kind: DeviceKind) -> Result<Device> {
     match kind {
         DeviceKind::Cpu => Ok(Device::Cpu),
+        DeviceKind::Cuda(_) if !candle_core::utils::cuda_is_available() => {
+            tracing::warn!("this build of serenity-encoder computes on the processor; training still uses the GPU");
+            Ok(Device::Cpu)
+        }
         DeviceKind::Cuda(ordinal) => Device::new_cuda(ordinal).map_err(|e| {
             Error::absent(format!("the CUDA device {ordinal} cannot be used"))
                 .cause(e)

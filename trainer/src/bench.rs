@@ -19,12 +19,11 @@ use serenity_protocol::{Error, Result};
 
 use crate::data::{Batches, SyntheticSamples};
 use crate::log::Phases;
-use crate::memory::{self, MemoryUse};
+use crate::memory::MemoryUse;
 use crate::model::{Flux2, ops::gemm, tensor_error};
-use crate::optimizer::AdamW;
-use crate::run::Parts;
+use crate::run::{self, Parts};
 use crate::settings::Inputs;
-use crate::step::{self, StepContext};
+use crate::step::CpuEngine;
 use crate::synthetic_source::SyntheticSource;
 use crate::{open, rng, schedule};
 
@@ -102,8 +101,6 @@ pub fn run(process: &Process, config: Config, options: &Options<'_>) -> Result<R
     }
     let mut parts = if options.synthetic { synthetic_parts(config, options.geometry)? } else { open::parts(process, config)? };
     let matmul = matmul_rate(&parts)?;
-    let mut adapters = parts.fresh_adapters()?;
-    let mut optimizer = AdamW::new(&parts.config.optimizer, &adapters);
     let mut batches = Batches::new(parts.batch_plan()?);
     let (mut seconds, mut phases, mut tokens, mut moved, mut step_flop) = (Vec::new(), Vec::new(), 0, 0, 0.0);
     let first = first_adapted(&parts);
@@ -114,36 +111,33 @@ pub fn run(process: &Process, config: Config, options: &Options<'_>) -> Result<R
         if number <= options.steps {
             batches.prepare(number + 1)?;
         }
-        let context =
-            StepContext { model: &parts.model, process, guidance: parts.guidance(), max_grad_norm: parts.config.optimizer.max_grad_norm };
-        let mut computed = step::compute(&context, &mut *parts.source, &adapters, &host)?;
+        let mut computed = parts.engine.gradients(&host, process)?;
         computed.phases.data += waited;
         let lr = parts.config.optimizer.learning_rate * schedule::factor(&parts.config.scheduler, number, options.steps + 1);
-        step::apply(&mut computed, &mut optimizer, &mut adapters, lr)?;
+        parts.engine.apply(&mut computed, lr)?;
         // The first step warms caches and allocators up.
         if number > 1 {
             seconds.push(started.elapsed().as_secs_f64());
             phases.push(computed.phases);
             (tokens, moved) = (host.iter().map(|b| b.tokens()).sum(), computed.moved.moved_bytes);
-            let of = |b: &crate::data::HostBatch| {
-                b.sigma.len() as f64 * step_flop_of(&parts.model.geometry, first, b.image_tokens(), b.text_tokens())
-            };
+            let of =
+                |b: &crate::data::HostBatch| b.sigma.len() as f64 * step_flop_of(&parts.geometry, first, b.image_tokens(), b.text_tokens());
             step_flop = host.iter().map(of).sum();
         }
     }
-    parts.source.finish();
+    parts.engine.finish();
     // Before the copy is measured, whose buffers are no part of a step.
-    let memory_mb = memory::current();
+    let memory_mb = parts.engine.memory()?;
     let copy = copy_rate();
     let floor_s = (step_flop / matmul).max(moved as f64 / copy);
     let step_median_s = median(&seconds);
     Ok(Report {
         synthetic: options.synthetic,
-        device: if parts.model.device.is_cpu() { "cpu".into() } else { format!("{:?}", parts.model.device.location()) },
-        dtype: format!("{:?}", parts.model.dtype),
-        blocks: parts.model.geometry.num_blocks(),
+        device: parts.engine.device(),
+        dtype: format!("{:?}", open::dtype(parts.config.dtype)),
+        blocks: parts.geometry.num_blocks(),
         tokens,
-        parameters: adapters.parameters(),
+        parameters: parts.fresh_adapters()?.parameters(),
         steps: options.steps,
         step_flop,
         matmul_flop_per_s: matmul,
@@ -179,9 +173,12 @@ pub fn synthetic_parts(config: Config, geometry: Option<&Path>) -> Result<Parts>
     let side = (config.resolution as usize / 16).max(1);
     let length = config.model.max_sequence_length;
     let samples = SyntheticSamples::new(&geometry, vec![1; SYNTHETIC_IMAGES], side, side, length, config.seed);
+    let guidance = run::guidance(&config, &geometry);
+    let adapters = run::fresh_adapters(&config, &targets)?;
+    let model = Flux2::new(geometry.clone(), other);
     Ok(Parts {
-        model: Flux2::new(geometry, other),
-        source: Box::new(source),
+        engine: Box::new(CpuEngine::new(model, Box::new(source), adapters, &config.optimizer, guidance)),
+        geometry,
         samples: Arc::new(samples),
         targets,
         inputs: Inputs { weights: "synthetic".into(), model: "synthetic".into(), data: "synthetic".into() },
@@ -191,7 +188,7 @@ pub fn synthetic_parts(config: Config, geometry: Option<&Path>) -> Result<Parts>
 
 /// Index of the first block that has an adapter; the number of blocks if none has.
 fn first_adapted(parts: &Parts) -> usize {
-    let geometry = &parts.model.geometry;
+    let geometry = &parts.geometry;
     let adapted = |block| geometry.block_linears(block).iter().any(|l| parts.targets.iter().any(|t| t.name == l.name));
     geometry.blocks().position(adapted).unwrap_or(geometry.num_blocks())
 }
@@ -225,13 +222,13 @@ fn step_flop_of(geometry: &TransformerGeometry, first: usize, image: usize, text
 
 /// Operations per second of the model's largest block linear on the tokens of one sample.
 fn matmul_rate(parts: &Parts) -> Result<f64> {
-    let geometry = &parts.model.geometry;
+    let geometry = &parts.geometry;
     let largest = geometry.blocks().flat_map(|b| geometry.block_linears(b)).max_by_key(|l| l.in_features * l.out_features);
     let largest = largest.ok_or_else(|| Error::invariant("a model without linears"))?;
     let (text, latent) = (parts.samples.text(0)?, parts.samples.latent(0)?);
     let rows = parts.config.batch_size * (text.max_length + latent.height * latent.width);
     let failed = |e| tensor_error("cannot measure the rate of a matrix product", e);
-    let (device, dtype) = (&parts.model.device, parts.model.dtype);
+    let (device, dtype) = (&Device::Cpu, open::dtype(parts.config.dtype));
     let x = random(rows, largest.in_features, device, dtype).map_err(failed)?;
     let w = random(largest.out_features, largest.in_features, device, dtype).map_err(failed)?;
     let best = best_seconds(|| gemm::nt(&x, &w).and_then(|y| y.device().synchronize()).map_err(failed))?;

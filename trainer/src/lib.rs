@@ -8,6 +8,7 @@ pub mod bench;
 pub mod checkpoint;
 pub mod cuda;
 pub mod data;
+pub mod engine;
 pub mod log;
 pub mod lora_file;
 pub mod memory;

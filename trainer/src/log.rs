@@ -16,6 +16,9 @@ use serenity_protocol::{Error, Result, atomic_file};
 use crate::memory::MemoryUse;
 
 /// Where the wall time of a step went, in seconds. The parts do not overlap; what they leave of `seconds` is the loop itself.
+///
+/// A GPU works through both passes and its copies as one queue, which the host follows only in what it waits for: there `backward` is all of
+/// it, and `copy` is 0 (the telemetry has the copies' own time).
 #[derive(Debug, Clone, Copy, Default, PartialEq, Serialize, Deserialize)]
 pub struct Phases {
     /// Waiting for the step's samples (they are prepared while the step before computes).

@@ -21,13 +21,16 @@ use serenity_protocol::slab::manifest::Companion;
 use serenity_protocol::{Error, Result, dataset, targets};
 use xxhash_rust::xxh3::xxh3_64;
 
-use crate::data::CachedSamples;
+use crate::cuda::engine::{CudaEngine, Opening};
+use crate::data::{CachedSamples, Samples};
+use crate::engine::StepEngine;
 use crate::model::{Flux2, OtherWeights};
 use crate::ring_source::RingSource;
-use crate::run::Parts;
+use crate::run::{self, Parts};
 use crate::settings::Inputs;
 use crate::slab_source::SlabSource;
 use crate::source::TrainingSource;
+use crate::step::CpuEngine;
 
 /// Opens everything that a run needs. With `memory.strategy` `stagehand` it waits for the loader's ring, last of all.
 ///
@@ -35,7 +38,6 @@ use crate::source::TrainingSource;
 /// Those of the parts: [`Error::Absent`] for missing files (slab, cache entries, a loader), [`Error::Data`] for corrupt or mismatched ones,
 /// [`Error::Config`] for targets that match nothing.
 pub fn parts(process: &Process, config: Config) -> Result<Parts> {
-    let (device, dtype) = (device(config.device)?, dtype(config.dtype));
     let slab = Slab::open(&config.memory.slab_path, &config.memory.manifest_path)?;
     let geometry = geometry(&config, Some(&slab))?;
     slab.check_model(&geometry)?;
@@ -43,30 +45,71 @@ pub fn parts(process: &Process, config: Config) -> Result<Parts> {
     let paths = model_path::resolve(&config.model)?;
     let samples = CachedSamples::new(CachePlan::new(&config, &paths, &dataset::scan(&config.data)?)?, &config)?;
     process.tick();
-    let other = other_weights(&config, &slab, &geometry, &device, dtype)?;
-    process.tick();
     let inputs = Inputs { weights: weights_name(&slab), model: slab.model_signature().to_string(), data: samples.digest() };
-    let source: Box<dyn TrainingSource> = match config.memory.strategy {
-        MemoryStrategy::Stagehand => {
-            let plan = RingPlan::new(&config, &slab, &geometry)?;
-            Box::new(RingSource::open(plan, geometry.clone(), device, dtype, process.clone())?)
-        }
-        MemoryStrategy::Resident => Box::new(SlabSource::open(&slab, &geometry, &device, dtype, process)?),
-    };
-    Ok(Parts { model: Flux2::new(geometry, other), source, samples: Arc::new(samples), targets, inputs, config })
+    let engine = engine(process, &config, slab, &geometry, &targets, step_sizes(&config, &samples)?)?;
+    Ok(Parts { engine, geometry, samples: Arc::new(samples), targets, inputs, config })
 }
 
-/// The device of a configuration.
+/// Samples, text tokens and image tokens of each micro-batch of the largest step: every image is cut to the configured size, every caption
+/// padded to the configured length.
 ///
 /// # Errors
-/// [`Error::Absent`] for a CUDA device, which this build does not support.
+/// As reading a sample reports.
+pub fn step_sizes(config: &Config, samples: &dyn Samples) -> Result<Vec<(usize, usize, usize)>> {
+    let side = config.resolution as usize / 16;
+    let (mut text, mut image) = (config.model.max_sequence_length, side * side);
+    if !samples.repeats().is_empty() {
+        text = text.max(samples.text(0)?.max_length);
+        let latent = samples.latent(0)?;
+        image = image.max(latent.height * latent.width);
+    }
+    Ok(vec![(config.batch_size, text, image); config.gradient_accumulation_steps])
+}
+
+/// The engine of the configured device, with fresh adapters.
+///
+/// # Errors
+/// As [`parts`].
+pub fn engine(
+    process: &Process,
+    config: &Config,
+    slab: Slab,
+    geometry: &TransformerGeometry,
+    targets: &[LinearSpec],
+    batches: Vec<(usize, usize, usize)>,
+) -> Result<Box<dyn StepEngine>> {
+    let guidance = run::guidance(config, geometry);
+    let adapters = run::fresh_adapters(config, targets)?;
+    // Also where a GPU computes, they come through the CPU's memory once.
+    let (device, dtype) = (Device::Cpu, dtype(config.dtype));
+    let other = other_weights(config, &slab, geometry, &device, dtype)?;
+    process.tick();
+    if let DeviceKind::Cuda(ordinal) = config.device {
+        let opening = Opening { config, geometry, other: &other, adapters: &adapters, guidance, batches };
+        return Ok(Box::new(CudaEngine::open(ordinal, slab, &opening, process)?));
+    }
+    let source: Box<dyn TrainingSource> = match config.memory.strategy {
+        MemoryStrategy::Stagehand => {
+            let plan = RingPlan::new(config, &slab, geometry)?;
+            Box::new(RingSource::open(plan, geometry.clone(), device, dtype, process.clone())?)
+        }
+        MemoryStrategy::Resident => Box::new(SlabSource::open(&slab, geometry, &device, dtype, process)?),
+    };
+    let model = Flux2::new(geometry.clone(), other);
+    Ok(Box::new(CpuEngine::new(model, source, adapters, &config.optimizer, guidance)))
+}
+
+/// The device of the tensor library; a GPU is not one of its devices, but has an engine of its own ([`engine`]).
+///
+/// # Errors
+/// [`Error::Absent`] for a GPU.
 pub fn device(kind: DeviceKind) -> Result<Device> {
     match kind {
         DeviceKind::Cpu => Ok(Device::Cpu),
-        DeviceKind::Cuda(ordinal) => Err(Error::absent("this build of serenity-trainer computes on the processor only")
+        DeviceKind::Cuda(ordinal) => Err(Error::absent("this works on the processor only")
             .expected("train_device cpu")
             .found(format!("CUDA device {ordinal}"))
-            .advice("set train_device to \"cpu\" (--set train_device=cpu); training on a GPU needs a build with CUDA support")),
+            .advice("set train_device to \"cpu\" (--set train_device=cpu)")),
     }
 }
 

@@ -18,23 +18,23 @@ use std::path::PathBuf;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
+use candle_core::Device;
 use serenity_protocol::config::{Config, Resume};
-use serenity_protocol::geometry::LinearSpec;
+use serenity_protocol::geometry::{LinearSpec, TransformerGeometry};
 use serenity_protocol::message::{FromChild, StepReport};
 use serenity_protocol::process::Process;
 use serenity_protocol::{Error, Result};
 
 use crate::checkpoint;
 use crate::data::{BatchPlan, Batches, SampleOrder, Samples};
+use crate::engine::{Computed, StepEngine};
 use crate::log::{self, JsonLines, LogLine, Phases};
-use crate::model::{AdapterSet, Flux2};
-use crate::optimizer::AdamW;
+use crate::memory::MemoryUse;
+use crate::model::AdapterSet;
 use crate::settings::{Inputs, Settings};
-use crate::source::{Metered, TrainingSource};
-use crate::step::{self, Computed, StepContext};
 use crate::telemetry::{Telemetry, TelemetryLine};
 use crate::validation::Validation;
-use crate::{lora_file, memory, plot, schedule};
+use crate::{lora_file, plot, schedule};
 
 /// Progress lines on a terminal are at least this far apart, unless the configuration counts steps.
 const PROGRESS_INTERVAL: Duration = Duration::from_secs(2);
@@ -43,10 +43,10 @@ const PROGRESS_INTERVAL: Duration = Duration::from_secs(2);
 pub struct Parts {
     /// The configuration.
     pub config: Config,
-    /// The model without its blocks.
-    pub model: Flux2,
-    /// Its blocks.
-    pub source: Box<dyn TrainingSource>,
+    /// Shape of the model.
+    pub geometry: TransformerGeometry,
+    /// What computes steps, with the adapters before the first one.
+    pub engine: Box<dyn StepEngine>,
     /// The samples.
     pub samples: Arc<dyn Samples>,
     /// The linears to adapt.
@@ -56,12 +56,6 @@ pub struct Parts {
 }
 
 impl Parts {
-    /// Guidance scale for a model that embeds one.
-    #[must_use]
-    pub fn guidance(&self) -> Option<f32> {
-        self.model.geometry.guidance_embeds.then_some(self.config.guidance_scale as f32)
-    }
-
     /// What decides the batches.
     ///
     /// # Errors
@@ -70,7 +64,7 @@ impl Parts {
         Ok(BatchPlan {
             order: SampleOrder::new(self.samples.repeats(), self.config.seed)?,
             samples: self.samples.clone(),
-            geometry: self.model.geometry.clone(),
+            geometry: self.geometry.clone(),
             seed: self.config.seed,
             batch_size: self.config.batch_size,
             micro_batches: self.config.gradient_accumulation_steps,
@@ -83,9 +77,22 @@ impl Parts {
     /// # Errors
     /// As [`AdapterSet::init`].
     pub fn fresh_adapters(&self) -> Result<AdapterSet> {
-        let adapter = &self.config.adapter;
-        AdapterSet::init(&self.targets, adapter.rank, adapter.alpha, self.config.seed, &self.model.device)
+        fresh_adapters(&self.config, &self.targets)
     }
+}
+
+/// Guidance scale for a model that embeds one.
+#[must_use]
+pub fn guidance(config: &Config, geometry: &TransformerGeometry) -> Option<f32> {
+    geometry.guidance_embeds.then_some(config.guidance_scale as f32)
+}
+
+/// Adapters of `targets` before the first step, on the host.
+///
+/// # Errors
+/// As [`AdapterSet::init`].
+pub fn fresh_adapters(config: &Config, targets: &[LinearSpec]) -> Result<AdapterSet> {
+    AdapterSet::init(targets, config.adapter.rank, config.adapter.alpha, config.seed, &Device::Cpu)
 }
 
 /// Files that a run leaves.
@@ -155,8 +162,6 @@ struct Run<'p> {
     outputs: Outputs,
     checkpoints: PathBuf,
     settings: Settings,
-    adapters: AdapterSet,
-    optimizer: AdamW,
     /// Steps done.
     step: u64,
     /// Step of the newest checkpoint that holds this run's state.
@@ -169,7 +174,7 @@ struct Run<'p> {
 }
 
 impl<'p> Run<'p> {
-    fn start(process: &'p Process, parts: Parts) -> Result<Self> {
+    fn start(process: &'p Process, mut parts: Parts) -> Result<Self> {
         let config = &parts.config;
         let checkpoints = config.output_dir.join("checkpoints");
         checkpoint::sweep(&checkpoints);
@@ -190,15 +195,16 @@ impl<'p> Run<'p> {
             config.max_steps,
             &settings,
             &config.optimizer,
-            &parts.model.device,
+            &Device::Cpu,
             &mut notice,
         )?;
-        let (step, adapters, optimizer) = match found {
+        let step = match found {
             Some(found) => {
                 tracing::info!("going on after step {} from {}", found.step, found.path.display());
-                (found.step, found.adapters, found.optimizer)
+                parts.engine.load(found.adapters, found.optimizer)?;
+                found.step
             }
-            None => (0, fresh.clone(), AdamW::new(&config.optimizer, &fresh)),
+            None => 0,
         };
         let outputs = Outputs::of(config);
         let keep_to = (step > 0).then_some(step);
@@ -208,12 +214,10 @@ impl<'p> Run<'p> {
             log: JsonLines::open(&outputs.log, keep_to)?,
             telemetry: config.memory.stagehand.telemetry.as_ref().map(|t| Telemetry::open(t, keep_to)).transpose()?,
             batches: Batches::new(parts.batch_plan()?),
-            validation: Validation::new(samples, &parts.model.geometry, config.validation.samples, config.seed, parts.guidance())?,
+            validation: Validation::new(samples, &parts.geometry, config.validation.samples, config.seed)?,
             outputs,
             checkpoints,
             settings,
-            adapters,
-            optimizer,
             step,
             saved: keep_to,
             shown: None,
@@ -251,8 +255,7 @@ impl<'p> Run<'p> {
     fn validate(&mut self) -> Result<(Option<f64>, f64)> {
         let Some(validation) = &self.validation else { return Ok((None, 0.0)) };
         let started = Instant::now();
-        let mut source = Metered::new(&mut *self.parts.source, self.process, self.parts.model.geometry.num_blocks());
-        let loss = validation.measure(&self.parts.model, &mut source, &self.adapters)?;
+        let loss = validation.measure(&mut *self.parts.engine, self.process)?;
         tracing::info!("validation loss {loss:.6} after step {}", self.step);
         Ok((Some(loss), started.elapsed().as_secs_f64()))
     }
@@ -267,13 +270,14 @@ impl<'p> Run<'p> {
             Err(e) => return Err(self.save_before(e)),
         };
         if !computed.is_finite() {
-            self.write_telemetry(number, &computed)?;
+            let memory = self.parts.engine.memory()?;
+            self.write_telemetry(number, &computed, memory)?;
             let error = diverged(number, &computed);
             return Err(self.save_before(error));
         }
         let config = &self.parts.config;
         let lr = config.optimizer.learning_rate * schedule::factor(&config.scheduler, number, config.max_steps);
-        step::apply(&mut computed, &mut self.optimizer, &mut self.adapters, lr)?;
+        self.parts.engine.apply(&mut computed, lr)?;
         self.step = number;
         let seconds = started.elapsed().as_secs_f64();
         // A validation that is interrupted leaves a step that is done: its line and checkpoint are written, and the resumed run measures.
@@ -281,6 +285,7 @@ impl<'p> Run<'p> {
             Err(_) if self.process.stop_requested() => (None, 0.0),
             measured => measured?,
         };
+        let memory = self.parts.engine.memory()?;
         self.log.append(&LogLine {
             step: number,
             loss: Some(computed.loss),
@@ -288,16 +293,20 @@ impl<'p> Run<'p> {
             grad_norm: Some(computed.grad_norm),
             seconds: Some(seconds),
             seconds_by_phase: Some(Phases { validation, ..computed.phases }),
-            memory_mb: Some(memory::current()),
+            memory_mb: Some(memory),
             val_loss,
         })?;
-        self.write_telemetry(number, &computed)?;
+        self.write_telemetry(number, &computed, memory)?;
         self.report(&computed, lr, seconds);
         let save_every = self.parts.config.checkpoint.save_every;
         if number == self.parts.config.max_steps || (save_every > 0 && number.is_multiple_of(save_every)) {
             self.save()?;
         }
-        Ok(())
+        // After the line and the telemetry that show it.
+        match over_cap(&memory) {
+            Some(error) => Err(self.save_before(error)),
+            None => Ok(()),
+        }
     }
 
     /// Everything of a step that changes no state.
@@ -308,33 +317,28 @@ impl<'p> Run<'p> {
         if number < self.parts.config.max_steps {
             self.batches.prepare(number + 1)?;
         }
-        let context = StepContext {
-            model: &self.parts.model,
-            process: self.process,
-            guidance: self.parts.guidance(),
-            max_grad_norm: self.parts.config.optimizer.max_grad_norm,
-        };
-        let mut computed = step::compute(&context, &mut *self.parts.source, &self.adapters, &batches)?;
+        let mut computed = self.parts.engine.gradients(&batches, self.process)?;
         computed.phases.data += waited;
         Ok(computed)
     }
 
-    fn write_telemetry(&mut self, step: u64, computed: &Computed) -> Result<()> {
+    fn write_telemetry(&mut self, step: u64, computed: &Computed, memory: MemoryUse) -> Result<()> {
         let Some(telemetry) = &mut self.telemetry else { return Ok(()) };
-        let (moved, phases, memory) = (&computed.moved, &computed.phases, memory::current());
+        let (moved, phases) = (&computed.moved, &computed.phases);
+        let used = memory.device.map_or((memory.rss, memory.rss_peak), |d| (d.allocated, d.driver));
         let summary = telemetry.record(TelemetryLine {
             step,
             h2d_bytes: moved.moved_bytes,
-            d2h_bytes: if self.parts.model.device.is_cpu() { 0 } else { 4 * self.adapters.parameters() as u64 },
-            copy_time_ms: 1e3 * phases.copy,
+            d2h_bytes: computed.returned_bytes,
+            copy_time_ms: 1e3 * moved.copy_seconds,
             compute_time_ms: 1e3 * (phases.forward + phases.backward + phases.optimizer),
             stall_time_ms: 1e3 * phases.wait,
             stall_count: moved.waits,
             evictions: moved.evictions,
             prefetch_hits: moved.hits,
             prefetch_misses: moved.misses,
-            vram_used_mb: memory.rss,
-            vram_reserved_mb: memory.rss_peak,
+            vram_used_mb: used.0,
+            vram_reserved_mb: used.1,
             host_pool_free: moved.slots_free,
             host_pool_in_use: moved.slots_in_use,
             dtype_promotions: computed.promotions,
@@ -368,7 +372,10 @@ impl<'p> Run<'p> {
         }
         self.log.sync()?;
         let keep = self.parts.config.checkpoint.keep;
-        let path = checkpoint::save(&self.checkpoints, self.step, &self.settings, &self.adapters, &self.optimizer, keep)?;
+        let path = {
+            let state = self.parts.engine.state()?;
+            checkpoint::save(&self.checkpoints, self.step, &self.settings, &state.adapters, &state.optimizer, keep)?
+        };
         self.saved = Some(self.step);
         self.process.send(&FromChild::Saved { step: self.step, path: path.display().to_string() });
         tracing::info!("saved {}", path.display());
@@ -397,14 +404,14 @@ impl<'p> Run<'p> {
 
     fn finish(mut self) -> Result<Outputs> {
         self.save()?;
-        self.parts.source.finish();
+        self.parts.engine.finish();
         let extra = BTreeMap::from([
             ("serenity_model".to_string(), self.parts.inputs.model.clone()),
             ("serenity_base_weights".to_string(), self.parts.inputs.weights.clone()),
             ("serenity_steps".to_string(), self.step.to_string()),
             ("serenity_seed".to_string(), self.parts.config.seed.to_string()),
         ]);
-        lora_file::write(&self.outputs.lora, &self.adapters, &extra)?;
+        lora_file::write(&self.outputs.lora, &self.parts.engine.state()?.adapters, &extra)?;
         self.process.send(&FromChild::Saved { step: self.step, path: self.outputs.lora.display().to_string() });
         let lines = log::read(&self.outputs.log)?;
         plot::write(&self.outputs.plot, &self.parts.config.name, &lines)?;
@@ -414,6 +421,16 @@ impl<'p> Run<'p> {
         self.process.send(&FromChild::Done { files });
         Ok(self.outputs)
     }
+}
+
+/// The error of a process that has more of the device's memory than it was allowed: the plan of that memory is wrong.
+fn over_cap(memory: &MemoryUse) -> Option<Error> {
+    let device = memory.device.filter(|d| !d.shared && d.driver > d.cap)?;
+    let error = Error::invariant("training uses more device memory than vram_high_watermark_mb allows")
+        .expected(format!("at most {:.0} MiB by the driver's figure", device.cap))
+        .found(format!("{:.0} MiB, of which {:.0} are planned", device.driver, device.arena))
+        .advice("the run goes on from the checkpoint with a lower memory.stagehand.vram_high_watermark_mb; please report the figures");
+    Some(error)
 }
 
 fn diverged(step: u64, computed: &Computed) -> Error {

@@ -8,7 +8,7 @@ use std::sync::atomic::{AtomicBool, Ordering};
 use candle_core::{DType, Device};
 use serde_json::{Value, json};
 use serenity_protocol::config::{Config, Overrides};
-use serenity_protocol::geometry::BlockId;
+use serenity_protocol::geometry::{BlockId, LinearSpec};
 use serenity_protocol::message::Role;
 use serenity_protocol::process::Process;
 use serenity_protocol::{Error, Result};
@@ -16,9 +16,10 @@ use serenity_protocol::{Error, Result};
 use crate::data::SyntheticSamples;
 use crate::log::LogLine;
 use crate::model::{BlockSource, BlockWeights, Flux2};
-use crate::run::{Outputs, Parts, train};
+use crate::run::{Outputs, Parts, fresh_adapters, guidance, train};
 use crate::settings::Inputs;
 use crate::source::{Counters, TrainingSource};
+use crate::step::CpuEngine;
 use crate::synthetic_source::SyntheticSource;
 use crate::test_support::{TINY, tiny};
 use crate::{checkpoint, log};
@@ -92,11 +93,15 @@ fn run(config: &Config, event: Event) -> Result<Outputs> {
     let process = Process::detached(Role::Trainer);
     let source = |scale| SyntheticSource::scaled(&geometry, &device, dtype, 1, scale).unwrap();
     let samples = SyntheticSamples::new(&geometry, vec![1, 2, 1, 1], 2, 3, 5, 1);
+    let targets: Vec<LinearSpec> = geometry.blocks().flat_map(|b| geometry.block_linears(b)).collect();
+    let model = Flux2::new(geometry.clone(), SyntheticSource::other(&geometry, &device, dtype, 1).unwrap());
+    let source = Box::new(Eventful { inner: source(1.0), nan: source(f64::NAN), event, visits: 0, stop: process.stop_flag() });
+    let adapters = fresh_adapters(config, &targets).unwrap();
     let parts = Parts {
-        targets: geometry.blocks().flat_map(|b| geometry.block_linears(b)).collect(),
-        model: Flux2::new(geometry.clone(), SyntheticSource::other(&geometry, &device, dtype, 1).unwrap()),
-        source: Box::new(Eventful { inner: source(1.0), nan: source(f64::NAN), event, visits: 0, stop: process.stop_flag() }),
+        engine: Box::new(CpuEngine::new(model, source, adapters, &config.optimizer, guidance(config, &geometry))),
+        targets,
         samples: Arc::new(samples),
+        geometry,
         inputs: Inputs { weights: "w".into(), model: "m".into(), data: "d".into() },
         config: config.clone(),
     };

@@ -109,7 +109,7 @@ fn read_linear(file: &File, slab: &Slab, layer: &SlabLayer, device: &Device, dty
 }
 
 /// The bytes of `range`, after every page that it touches matched its hash.
-fn read_checked(file: &File, slab: &Slab, range: &Range<u64>) -> Result<Vec<u8>> {
+pub(crate) fn read_checked(file: &File, slab: &Slab, range: &Range<u64>) -> Result<Vec<u8>> {
     let short = |e, at: u64| Error::io("cannot read the slab", slab.path(), e).offset(at).advice("the slab is truncated: build it anew");
     let Some(pages) = slab.pages() else {
         let mut bytes = vec![0; (range.end - range.start) as usize];

@@ -5,10 +5,11 @@
 #![forbid(unsafe_code)]
 
 use serenity_protocol::geometry::TransformerGeometry;
+use serenity_protocol::process::Process;
 use serenity_protocol::{Error, Result};
 
 use crate::data::{HostBatch, Row, Samples, SigmaOf};
-use crate::model::{AdapterSet, BlockSource, Flux2, MicroBatch};
+use crate::engine::StepEngine;
 use crate::rng;
 
 /// Samples in one pass over the blocks. Each pass moves all weights once; its memory is that of the hidden states of so many samples.
@@ -17,7 +18,6 @@ const PASS: usize = 16;
 /// The fixed samples.
 pub struct Validation {
     batches: Vec<HostBatch>,
-    guidance: Option<f32>,
 }
 
 impl Validation {
@@ -25,13 +25,7 @@ impl Validation {
     ///
     /// # Errors
     /// As [`HostBatch::new`].
-    pub fn new(
-        samples: &dyn Samples,
-        geometry: &TransformerGeometry,
-        count: usize,
-        seed: u64,
-        guidance: Option<f32>,
-    ) -> Result<Option<Self>> {
+    pub fn new(samples: &dyn Samples, geometry: &TransformerGeometry, count: usize, seed: u64) -> Result<Option<Self>> {
         let images = samples.repeats().len();
         if count == 0 || images == 0 {
             return Ok(None);
@@ -42,19 +36,18 @@ impl Validation {
             noise: rng::stream(seed, "validation", k as u64, 0),
         };
         let batches = (0..count).map(|k| HostBatch::new(samples, geometry, vec![row(k)])).collect::<Result<_>>()?;
-        Ok(Some(Self { batches, guidance }))
+        Ok(Some(Self { batches }))
     }
 
-    /// The mean loss with `adapters`.
+    /// The mean loss with the engine's adapters.
     ///
     /// # Errors
-    /// As [`Flux2::loss`]; [`Error::Data`] if the loss is not finite.
-    pub fn measure(&self, model: &Flux2, source: &mut dyn BlockSource, adapters: &AdapterSet) -> Result<f64> {
+    /// As [`StepEngine::losses`]; [`Error::Data`] if the loss is not finite.
+    pub fn measure(&self, engine: &mut dyn StepEngine, process: &Process) -> Result<f64> {
         let _span = tracing::info_span!("validation").entered();
         let mut sum = 0.0;
         for pass in self.batches.chunks(PASS) {
-            let batches = pass.iter().map(|b| b.to_device(&model.device, self.guidance)).collect::<Result<Vec<MicroBatch>>>()?;
-            sum += model.loss(source, adapters, &batches)?.into_iter().sum::<f64>();
+            sum += engine.losses(pass, process)?.into_iter().sum::<f64>();
         }
         let mean = sum / self.batches.len() as f64;
         if !mean.is_finite() {

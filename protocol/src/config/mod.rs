@@ -143,10 +143,10 @@ pub struct StagehandConfig {
     pub pool_bytes: u64,
     /// Bytes of a slot (`ring_chunk_mb`, default 64 MiB), a multiple of 4096.
     pub chunk_bytes: u64,
-    /// Hard cap of the process's device memory in bytes.
-    pub vram_high_bytes: u64,
-    /// What eviction goes down to, in bytes.
-    pub vram_low_bytes: u64,
+    /// Hard cap of the process's device memory in bytes; `None` (`auto`): what the device has free, less a margin.
+    pub vram_high_bytes: Option<u64>,
+    /// What eviction goes down to, in bytes; `None` where the cap is not known here.
+    pub vram_low_bytes: Option<u64>,
     /// `dequant` after `auto` is resolved by the device.
     pub form: PayloadForm,
     /// Blocks requested ahead of the one in use, at most.

@@ -163,7 +163,8 @@ pub(super) struct RawStagehand {
     pub pinned_pool_mb: Option<f64>,
     pub pinned_slab_mb: Option<f64>,
     pub ring_chunk_mb: Option<f64>,
-    pub vram_high_watermark_mb: Option<f64>,
+    /// A size or `auto`.
+    pub vram_high_watermark_mb: Option<serde_json::Value>,
     pub vram_low_watermark_mb: Option<f64>,
     pub max_inflight_transfers: Option<usize>,
     pub prefetch_window_blocks: Option<usize>,

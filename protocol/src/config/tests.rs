@@ -75,7 +75,7 @@ fn the_case_study_loads_unchanged() {
         assert_eq!(config.memory.manifest_path, Path::new("output/squareq_slabs/flux2dev_int8.manifest.json"));
         let s = &config.memory.stagehand;
         assert_eq!((s.pool_bytes, s.chunk_bytes), (8192 << 20, 64 << 20));
-        assert_eq!((s.vram_high_bytes, s.vram_low_bytes), (10_000 << 20, 6_000 << 20));
+        assert_eq!((s.vram_high_bytes, s.vram_low_bytes), (Some(10_000 << 20), Some(6_000 << 20)));
         assert_eq!(s.pinned_slab_bytes, Some(2048 << 20));
         assert_eq!(s.form, PayloadForm::Int8);
         assert_eq!((config.resolution, config.batch_size, config.max_steps), (512, 1, 200));

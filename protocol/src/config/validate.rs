@@ -497,13 +497,7 @@ fn memory(raw: &RawConfig, name: &str, output_dir: &Path, device: DeviceKind, no
 
 fn stagehand(s: &RawStagehand, output_dir: &Path, device: DeviceKind, notices: &mut Vec<String>) -> Result<StagehandConfig> {
     let (pool_bytes, chunk_bytes) = pool(s, notices)?;
-    let high = mebibytes("memory.stagehand.vram_high_watermark_mb", s.vram_high_watermark_mb.unwrap_or(20_000.0))?;
-    let low = mebibytes("memory.stagehand.vram_low_watermark_mb", s.vram_low_watermark_mb.unwrap_or(0.8 * high as f64 / MIB))?;
-    if low >= high {
-        return Err(Error::config("`memory.stagehand.vram_low_watermark_mb` must lie below vram_high_watermark_mb")
-            .expected(format!("less than {} MiB", high >> 20))
-            .found(format!("{} MiB", low >> 20)));
-    }
+    let (high, low) = watermarks(s)?;
     let auto = if device == DeviceKind::Cpu { PayloadForm::Bf16 } else { PayloadForm::Int8 };
     let telemetry = s.telemetry_enabled.unwrap_or(true).then(|| TelemetryConfig {
         file: s.telemetry_file.clone().unwrap_or_else(|| output_dir.join("stagehand_telemetry.jsonl")),
@@ -527,6 +521,30 @@ fn stagehand(s: &RawStagehand, output_dir: &Path, device: DeviceKind, notices: &
         nan_inf_check: s.nan_inf_check.unwrap_or(true),
         pinned_slab_bytes: s.pinned_slab_mb.map(|mb| mebibytes("memory.stagehand.pinned_slab_mb", mb)).transpose()?,
     })
+}
+
+/// Bytes of the high and the low watermark; the high one is unknown here where it is `auto`.
+fn watermarks(s: &RawStagehand) -> Result<(Option<u64>, Option<u64>)> {
+    const HIGH: &str = "memory.stagehand.vram_high_watermark_mb";
+    const LOW: &str = "memory.stagehand.vram_low_watermark_mb";
+    let high = match &s.vram_high_watermark_mb {
+        None => Some(mebibytes(HIGH, 20_000.0)?),
+        Some(serde_json::Value::String(word)) if word == "auto" => None,
+        Some(value) => {
+            let number = value.as_f64();
+            let number = number.ok_or_else(|| Error::config(format!("`{HIGH}` is no size")).expected("MiB, or \"auto\"").found(value))?;
+            Some(mebibytes(HIGH, number)?)
+        }
+    };
+    let low = s.vram_low_watermark_mb.or(high.map(|h| 0.8 * h as f64 / MIB)).map(|mb| mebibytes(LOW, mb)).transpose()?;
+    if let (Some(high), Some(low)) = (high, low)
+        && low >= high
+    {
+        return Err(Error::config(format!("`{LOW}` must lie below vram_high_watermark_mb"))
+            .expected(format!("less than {} MiB", high >> 20))
+            .found(format!("{} MiB", low >> 20)));
+    }
+    Ok((high, low))
 }
 
 /// Payload bytes of the ring and of a slot. The pool is cut to a whole number of slots.

@@ -192,7 +192,7 @@ fn check(config: &Config, ring: Option<&RingMemory>, trainer: u64, notices: &mut
     if let Some(available) = available_memory().filter(|available| *available < on_host) {
         notices.push(format!("the run needs about {} of memory, of which {} are available", human_bytes(on_host), human_bytes(available)));
     }
-    let cap = config.memory.stagehand.vram_high_bytes;
+    let cap = config.memory.stagehand.vram_high_bytes.unwrap_or(u64::MAX);
     if matches!(config.device, DeviceKind::Cuda(_)) && config.memory.strategy == MemoryStrategy::Stagehand && trainer > cap {
         notices.push(format!(
             "the trainer is predicted to need {}, above vram_high_watermark_mb ({})",

@@ -20,7 +20,6 @@
 //! form the payload has change the order of copies only. Matrices are multiplied in tiles whose size depends on the matrix alone, for the same reason.
 //!
 //! The host queues work and never waits in the middle of a step, except for a chunk that the loader has not delivered.
-#![forbid(unsafe_code)]
 
 pub mod adapters;
 pub mod assignment;
@@ -33,10 +32,13 @@ pub mod conditioning;
 pub mod double;
 pub mod flight;
 pub mod inputs;
+pub mod engine;
 pub mod linear;
 mod passes;
 pub mod plan;
+pub mod ring_supply;
 pub mod single;
+pub mod slab_supply;
 pub mod step;
 pub mod tiles;
 

@@ -1,0 +1,375 @@
+//! Payloads from the ring: chunks are leased ahead in order, compared with their checksums on other threads, copied to the device from where
+//! they lie, and given back when the event behind the copy has passed.
+//!
+//! [`Ahead`] is the host's half and knows no device: announcing, leasing, comparing. [`RingSupply`] adds the copies. The ring's memory is
+//! registered with the driver at attach ([`HostSource`]: whole, by slot, or through a bounce buffer), so in steady state nothing but a chunk
+//! that has not arrived holds the host up. A payload that is not what its descriptor says is never copied: the run ends with exit 70.
+//!
+//! At most one lease less than the ring has slots is held (one of a ring with one), so that the loader always has a slot to fill. A loader
+//! that dies leaves us waiting for its successor; what we have leased stays ours.
+
+use std::cell::RefCell;
+use std::collections::VecDeque;
+use std::rc::Rc;
+use std::sync::{Arc, OnceLock};
+use std::time::{Duration, Instant};
+
+use serenity_cuda::driver::Context;
+use serenity_cuda::host::Locking;
+use serenity_cuda::{Event, Gpu, HostSource, Ptr};
+use serenity_protocol::geometry::BlockId;
+use serenity_protocol::process::Process;
+use serenity_protocol::ring::consumer::{Consumer, Leased};
+use serenity_protocol::ring::plan::RingPlan;
+use serenity_protocol::ring::segment::Segment;
+use serenity_protocol::ring::words::{consumer, loader};
+use serenity_protocol::{Error, Result};
+
+use super::blocks::Supply;
+use crate::ring_source::{Patience, RingStats, attach, count_slots, damaged};
+
+/// Pause between two looks at copies and comparisons that are under way, while the host has nothing else to do.
+const LOOK: Duration = Duration::from_micros(50);
+/// Chunks that are compared ahead of the copies, beyond one for each thread.
+const AHEAD: usize = 4;
+
+/// A leased chunk whose payload is being compared with its checksum.
+struct Compared {
+    leased: Leased,
+    /// Whether it is whole; set by the thread that compared.
+    whole: Arc<OnceLock<bool>>,
+}
+
+/// The host's half: what is announced, leased and compared.
+pub struct Ahead {
+    segment: Segment,
+    ring: Consumer<Segment>,
+    plan: RingPlan,
+    process: Process,
+    /// Announced, not yet posted.
+    backlog: VecDeque<u16>,
+    /// Posted, with the chunks that are still to be leased.
+    posted: VecDeque<(u16, u32)>,
+    /// Leased, not yet taken.
+    compared: VecDeque<Compared>,
+    /// Leases held, taken ones included.
+    held: usize,
+    held_max: usize,
+    ahead_max: usize,
+    ticket: u32,
+    patience: Patience,
+}
+
+impl Ahead {
+    /// Waits for the ring of `plan`, and takes the consumer's role in it.
+    ///
+    /// # Errors
+    /// As [`attach`].
+    pub fn open(plan: RingPlan, process: Process) -> Result<Self> {
+        let (segment, ring) = attach(&plan, &process)?;
+        let held_max = segment.shape().slots.saturating_sub(1).max(1);
+        Ok(Self {
+            ring,
+            plan,
+            process,
+            backlog: VecDeque::new(),
+            posted: VecDeque::new(),
+            compared: VecDeque::new(),
+            held: 0,
+            held_max,
+            ahead_max: rayon::current_num_threads() + AHEAD,
+            ticket: segment.ticket(consumer::WAKE),
+            patience: Patience::default(),
+            segment,
+        })
+    }
+
+    /// The plan that it was opened with.
+    #[must_use]
+    pub fn plan(&self) -> &RingPlan {
+        &self.plan
+    }
+
+    /// The ring.
+    #[must_use]
+    pub fn segment(&self) -> &Segment {
+        &self.segment
+    }
+
+    /// Announces loads to come.
+    ///
+    /// # Errors
+    /// The ring's.
+    pub fn announce(&mut self, loads: &[BlockId]) -> Result<()> {
+        self.backlog.extend(loads.iter().map(|b| b.0));
+        self.pump()
+    }
+
+    /// Posts what is announced, leases what has arrived, as far as both can go without waiting.
+    ///
+    /// # Errors
+    /// The ring's; [`Error::TryAgain`] if the process is asked to stop.
+    pub fn pump(&mut self) -> Result<()> {
+        if self.process.stop_requested() {
+            return Err(self.process.interrupted());
+        }
+        self.process.tick();
+        self.post()?;
+        // Taken before looking: an arrival after the look changes it.
+        self.ticket = self.segment.ticket(consumer::WAKE);
+        while self.held < self.held_max && self.compared.len() < self.ahead_max {
+            let Some((_, left)) = self.posted.front_mut() else { break };
+            let Some(leased) = self.ring.try_lease()? else { break };
+            *left -= 1;
+            if *left == 0 {
+                self.posted.pop_front();
+            }
+            self.held += 1;
+            self.patience = Patience::default();
+            self.compare(leased);
+        }
+        Ok(())
+    }
+
+    fn post(&mut self) -> Result<()> {
+        if self.backlog.is_empty() {
+            return Ok(());
+        }
+        let count = self.ring.post(self.backlog.make_contiguous())?;
+        for block in self.backlog.drain(..count) {
+            self.posted.push_back((block, self.plan.layout.chunks_of(BlockId(block))));
+        }
+        if count > 0 {
+            self.segment.wake(loader::WAKE);
+        }
+        Ok(())
+    }
+
+    fn compare(&mut self, leased: Leased) {
+        let whole = Arc::new(OnceLock::new());
+        let (segment, verdict) = (self.segment.clone(), whole.clone());
+        rayon::spawn(move || {
+            let _span = tracing::trace_span!("compare", block = leased.content.block, chunk = leased.content.chunk).entered();
+            // SAFETY: the slot stays leased to this process until the verdict has been seen (`ready`, `drop`); nobody writes a leased slot.
+            let payload = unsafe { segment.slot_payload(leased.slot, leased.bytes) };
+            // Set once, here.
+            let _ = verdict.set(xxhash_rust::xxh3::xxh3_64(payload) == leased.payload);
+        });
+        self.compared.push_back(Compared { leased, whole });
+    }
+
+    /// Takes the chunk that is due, if it has arrived and is whole. It must be given back with [`Self::release`].
+    ///
+    /// # Errors
+    /// [`Error::Invariant`] for a damaged payload or a chunk of another size than the layout's.
+    pub fn ready(&mut self) -> Result<Option<Leased>> {
+        let Some((leased, whole)) = self.compared.front().and_then(|c| Some((c.leased, *c.whole.get()?))) else { return Ok(None) };
+        self.compared.pop_front();
+        if !whole {
+            self.held -= 1;
+            self.ring.release_corrupt(&leased)?;
+            return Err(damaged(&leased, &self.plan));
+        }
+        Ok(Some(leased))
+    }
+
+    /// Gives a chunk back.
+    ///
+    /// # Errors
+    /// The ring's.
+    pub fn release(&mut self, leased: &Leased) -> Result<()> {
+        self.held = self.held.saturating_sub(1);
+        self.ring.release(leased)?;
+        self.segment.wake(loader::WAKE);
+        Ok(())
+    }
+
+    /// Waits a little for what the last [`Self::pump`] did not find. `busy`: copies are under way whose end should be noticed.
+    ///
+    /// # Errors
+    /// [`Error::Absent`] if no loader is left and none will come.
+    pub fn wait(&mut self, busy: bool) -> Result<()> {
+        if busy || !self.compared.is_empty() {
+            std::thread::sleep(LOOK);
+            return Ok(());
+        }
+        if self.posted.is_empty() {
+            return Err(Error::invariant("a chunk was awaited that was never announced"));
+        }
+        let _span = tracing::trace_span!("slot wait").entered();
+        self.segment.wait(consumer::WAKE, self.ticket);
+        self.patience.look(&self.segment, &self.process)
+    }
+
+    /// Where the payload of a chunk lies in its block's.
+    ///
+    /// # Errors
+    /// [`Error::Invariant`] if the chunk has not the length that the layout gives it.
+    pub fn place(&self, leased: &Leased) -> Result<usize> {
+        let layout = self.plan.layout.block(BlockId(leased.content.block))?;
+        let range = layout.chunk_range(u32::from(leased.content.chunk), self.plan.layout.chunk_bytes);
+        if range.end - range.start != leased.bytes {
+            return Err(Error::invariant("a chunk in the ring has another length than the layout gives it")
+                .expected(range.end - range.start)
+                .found(leased.bytes));
+        }
+        Ok(range.start as usize)
+    }
+
+    /// Says that no more blocks will be asked for, which lets a loader started by hand end.
+    pub fn finish(&mut self) {
+        self.ring.finish();
+        self.segment.wake(loader::WAKE);
+    }
+}
+
+impl Drop for Ahead {
+    fn drop(&mut self) {
+        // Nobody may write what is still being read.
+        while self.compared.iter().any(|c| c.whole.get().is_none()) {
+            std::thread::sleep(LOOK);
+        }
+        self.segment.clone().leave();
+    }
+}
+
+/// A copy under way.
+struct Copying {
+    leased: Leased,
+    start: Event,
+    end: Event,
+}
+
+struct Inner {
+    // In the order in which they must go: the lease of memory, its registration, the mapping.
+    copying: VecDeque<Copying>,
+    source: HostSource,
+    ahead: Ahead,
+    idle: Vec<Event>,
+    context: Arc<Context>,
+    stats: RingStats,
+}
+
+/// The ring as a [`Supply`]. Clones share it: one feeds the blocks, one is asked what was done.
+#[derive(Clone)]
+pub struct RingSupply {
+    inner: Rc<RefCell<Inner>>,
+}
+
+impl RingSupply {
+    /// Waits for the ring, takes the consumer's role in it, and registers its memory with the driver.
+    ///
+    /// # Errors
+    /// As [`Ahead::open`]; [`Error::TryAgain`] if no page-locked memory can be had at all.
+    pub fn open(gpu: &Gpu, plan: RingPlan, process: Process) -> Result<Self> {
+        let chunk = plan.layout.chunk_bytes as usize;
+        let ahead = Ahead::open(plan, process)?;
+        let (base, bytes) = ahead.segment.payload_range();
+        let started = Instant::now();
+        // SAFETY: the range is mapped as long as `ahead`'s segment lives, which goes after the source (order of fields). A part is copied only
+        // while its slot is leased to us, and given back after the copy's event.
+        let source = unsafe { HostSource::new(gpu.context(), base, bytes, chunk, Locking::Allowed) }?;
+        tracing::info!("ring of {} MiB {} in {:.2} s", bytes >> 20, source.describe(), started.elapsed().as_secs_f64());
+        let inner = Inner {
+            copying: VecDeque::new(),
+            source,
+            ahead,
+            idle: Vec::new(),
+            context: gpu.context().clone(),
+            stats: RingStats::default(),
+        };
+        Ok(Self { inner: Rc::new(RefCell::new(inner)) })
+    }
+
+    /// What the ring cost so far; `copy_seconds` is the device's time in copies that are done.
+    #[must_use]
+    pub fn stats(&self) -> RingStats {
+        let inner = self.inner.borrow();
+        let (slots_in_use, slots_free) = count_slots(&inner.ahead.segment);
+        RingStats { slots_in_use, slots_free, ..inner.stats }
+    }
+
+    /// Says that no more blocks will be asked for.
+    pub fn finish(&self) {
+        self.inner.borrow_mut().ahead.finish();
+    }
+}
+
+impl Inner {
+    /// Gives back what has been copied, and goes on as far as possible.
+    fn poll(&mut self) -> Result<()> {
+        while let Some(front) = self.copying.front() {
+            if !front.end.done()? {
+                break;
+            }
+            let Some(Copying { leased, start, end }) = self.copying.pop_front() else { break };
+            self.stats.copy_seconds += f64::from(end.since_ms(&start)?) / 1e3;
+            self.idle.extend([start, end]);
+            self.ahead.release(&leased)?;
+        }
+        self.ahead.pump()
+    }
+
+    fn event(&mut self) -> Result<Event> {
+        self.idle.pop().map_or_else(|| Event::timed(&self.context), Ok)
+    }
+
+    /// Queues the copy of the chunk that is due.
+    fn queue(&mut self, gpu: &Gpu, block: BlockId, to: Ptr, done: usize, leased: Leased) -> Result<usize> {
+        let (at, bytes) = (self.ahead.place(&leased)?, leased.bytes as usize);
+        if leased.content.block != block.0 || at != done {
+            return Err(Error::invariant("the ring delivered another chunk than the one that is due")
+                .expected(format!("block {} from byte {done}", block.0))
+                .found(format!("block {} from byte {at}", leased.content.block)));
+        }
+        let (start, end) = (self.event()?, self.event()?);
+        gpu.copy().record(&start)?;
+        let slot = leased.slot * self.ahead.plan.layout.chunk_bytes as usize;
+        self.source.copy_in(gpu.copy(), to.offset(done), slot, bytes)?;
+        gpu.copy().record(&end)?;
+        self.copying.push_back(Copying { leased, start, end });
+        self.stats.bytes += leased.bytes;
+        Ok(bytes)
+    }
+}
+
+impl Supply for RingSupply {
+    fn announce(&mut self, loads: &[BlockId]) -> Result<()> {
+        self.inner.borrow_mut().ahead.announce(loads)
+    }
+
+    fn copy(&mut self, gpu: &Gpu, block: BlockId, to: Ptr, done: usize, wait: bool) -> Result<usize> {
+        let inner = &mut *self.inner.borrow_mut();
+        if inner.ahead.compared.is_empty() {
+            inner.poll()?;
+        }
+        if let Some(leased) = inner.ahead.ready()? {
+            inner.stats.hits += 1;
+            return inner.queue(gpu, block, to, done, leased);
+        }
+        if !wait {
+            return Ok(0);
+        }
+        let started = Instant::now();
+        inner.stats.misses += 1;
+        loop {
+            inner.poll()?;
+            if let Some(leased) = inner.ahead.ready()? {
+                inner.stats.stall_seconds += started.elapsed().as_secs_f64();
+                return inner.queue(gpu, block, to, done, leased);
+            }
+            inner.ahead.wait(!inner.copying.is_empty())?;
+        }
+    }
+
+    fn poll(&mut self) -> Result<()> {
+        self.inner.borrow_mut().poll()
+    }
+}
+
+impl Drop for Inner {
+    fn drop(&mut self) {
+        // Copies still read what the loader may write once we have left.
+        let _ = self.context.sync();
+    }
+}
