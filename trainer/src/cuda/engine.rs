@@ -20,10 +20,12 @@ use serenity_protocol::{Error, Result};
 
 use super::CudaStep;
 use super::blocks::{Payload, Stats, Supply};
-use super::plan::{Measure, Shape};
+use super::flight::FlightSpace;
+use super::inputs::Turns;
+use super::plan::{Limits, Measure, Shape};
 use super::ring_supply::RingSupply;
 use super::slab_supply::SlabSupply;
-use super::step::{FlightSpace, Parts};
+use super::step::Parts;
 use crate::data::HostBatch;
 use crate::engine::{Computed, State, StepEngine};
 use crate::log::Phases;
@@ -134,8 +136,7 @@ impl CudaEngine {
             payloads,
             supply,
             budget: allowance.budget(info.used_by_process_estimate),
-            buffers: (1, stagehand.prefetch_window_blocks + 1),
-            resident_max: usize::MAX,
+            limits: Limits { buffers: (1, stagehand.prefetch_window_blocks + 1), ..Limits::default() },
             timed: false,
         };
         let name = gpu.properties().name.clone();
@@ -207,10 +208,10 @@ impl CudaEngine {
 
     /// How many of `batches` can be in flight at once in a pass without gradients: their memory is part of what the plan gave to a step.
     fn pass_len(&self, batches: &[HostBatch]) -> Result<usize> {
-        let measure = Measure::default();
+        let (measure, turns) = (Measure::default(), Turns::new(self.geometry.num_blocks() + 1, 2));
         for (i, b) in batches.iter().enumerate() {
             let shape = Shape::new(&self.geometry, self.ty, self.rank, b.sigma.len(), b.text_tokens(), b.image_tokens());
-            FlightSpace::new(&measure, &self.geometry, &shape, 2)?;
+            FlightSpace::new(&measure, &self.geometry, &shape, turns)?;
             if measure.total() > self.step.plan().step {
                 return Ok(i.max(1));
             }

@@ -14,6 +14,8 @@
 //! passes        all blocks forward and back, layer-major over micro-batches
 //! step          gradients, norm, update
 //! bench_rows    the rows of the targets table
+//! ring_supply, slab_supply  where blocks come from
+//! engine        all of it behind the training loop
 //! check         everything above against the CPU path and the reference's files
 //! ```
 //! Results do not depend on where things lie: which blocks stay on the device, how many slots there are, where block inputs are kept and which
@@ -30,9 +32,9 @@ pub mod check;
 pub mod clock;
 pub mod conditioning;
 pub mod double;
+pub mod engine;
 pub mod flight;
 pub mod inputs;
-pub mod engine;
 pub mod linear;
 mod passes;
 pub mod plan;
