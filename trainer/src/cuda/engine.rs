@@ -167,11 +167,12 @@ impl CudaEngine {
         let plan = self.step.plan();
         let peak = self.allowance.context + LIBRARIES + plan.total() as u64;
         tracing::info!(
-            "{name}: {} of {} blocks stay on the device; predicted peak {:.0} MiB of {:.0} allowed",
+            "{name}: {} of {} blocks stay on the device; predicted: peak {:.0} MiB of {:.0} allowed, {}",
             plan.resident.len(),
             self.geometry.num_blocks(),
             peak as f64 / MIB,
             self.allowance.cap as f64 / MIB,
+            plan.forecast,
         );
     }
 

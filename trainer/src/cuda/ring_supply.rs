@@ -44,7 +44,7 @@ struct Compared {
 pub struct Ahead {
     segment: Segment,
     ring: Consumer<Segment>,
-    plan: RingPlan,
+    plan: Arc<RingPlan>,
     process: Process,
     /// Announced, not yet posted.
     backlog: VecDeque<u16>,
@@ -70,7 +70,7 @@ impl Ahead {
         let held_max = segment.shape().slots.saturating_sub(1).max(1);
         Ok(Self {
             ring,
-            plan,
+            plan: Arc::new(plan),
             process,
             backlog: VecDeque::new(),
             posted: VecDeque::new(),
@@ -147,13 +147,16 @@ impl Ahead {
 
     fn compare(&mut self, leased: Leased) {
         let whole = Arc::new(OnceLock::new());
-        let (segment, verdict) = (self.segment.clone(), whole.clone());
+        let (segment, plan, verdict) = (self.segment.clone(), self.plan.clone(), whole.clone());
         rayon::spawn(move || {
             let _span = tracing::trace_span!("compare", block = leased.content.block, chunk = leased.content.chunk).entered();
             // SAFETY: the slot stays leased to this process until the verdict has been seen (`ready`, `drop`); nobody writes a leased slot.
             let payload = unsafe { segment.slot_payload(leased.slot, leased.bytes) };
+            let (block, chunk) = (BlockId(leased.content.block), u32::from(leased.content.chunk));
+            // An error is a chunk of another length than its place.
+            let found = plan.layout.payload_checksum(block, chunk, payload);
             // Set once, here.
-            let _ = verdict.set(xxhash_rust::xxh3::xxh3_64(payload) == leased.payload);
+            let _ = verdict.set(found.is_ok_and(|f| f == leased.checksum));
         });
         self.compared.push_back(Compared { leased, whole });
     }
