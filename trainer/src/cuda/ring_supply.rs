@@ -19,14 +19,13 @@ use serenity_cuda::host::Locking;
 use serenity_cuda::{Event, Gpu, HostSource, Ptr};
 use serenity_protocol::geometry::BlockId;
 use serenity_protocol::process::Process;
-use serenity_protocol::ring::consumer::{Consumer, Leased};
+use serenity_protocol::ring::consumer::Leased;
 use serenity_protocol::ring::plan::RingPlan;
-use serenity_protocol::ring::segment::Segment;
-use serenity_protocol::ring::words::{consumer, loader};
 use serenity_protocol::{Error, Result};
 
 use super::blocks::Supply;
-use crate::ring_source::{Patience, RingStats, attach, count_slots, damaged};
+use crate::ring_client::RingClient;
+use crate::ring_source::RingStats;
 
 /// Pause between two looks at copies and comparisons that are under way, while the host has nothing else to do.
 const LOOK: Duration = Duration::from_micros(50);
@@ -42,58 +41,27 @@ struct Compared {
 
 /// The host's half: what is announced, leased and compared.
 pub struct Ahead {
-    segment: Segment,
-    ring: Consumer<Segment>,
+    ring: RingClient,
     plan: Arc<RingPlan>,
     process: Process,
-    /// Announced, not yet posted.
-    backlog: VecDeque<u16>,
-    /// Posted, with the chunks that are still to be leased.
-    posted: VecDeque<(u16, u32)>,
     /// Leased, not yet taken.
     compared: VecDeque<Compared>,
     /// Leases held, taken ones included.
     held: usize,
     held_max: usize,
     ahead_max: usize,
-    ticket: u32,
-    patience: Patience,
 }
 
 impl Ahead {
     /// Waits for the ring of `plan`, and takes the consumer's role in it.
     ///
     /// # Errors
-    /// As [`attach`].
+    /// As [`RingClient::open`].
     pub fn open(plan: RingPlan, process: Process) -> Result<Self> {
-        let (segment, ring) = attach(&plan, &process)?;
-        let held_max = segment.shape().slots.saturating_sub(1).max(1);
-        Ok(Self {
-            ring,
-            plan: Arc::new(plan),
-            process,
-            backlog: VecDeque::new(),
-            posted: VecDeque::new(),
-            compared: VecDeque::new(),
-            held: 0,
-            held_max,
-            ahead_max: rayon::current_num_threads() + AHEAD,
-            ticket: segment.ticket(consumer::WAKE),
-            patience: Patience::default(),
-            segment,
-        })
-    }
-
-    /// The plan that it was opened with.
-    #[must_use]
-    pub fn plan(&self) -> &RingPlan {
-        &self.plan
-    }
-
-    /// The ring.
-    #[must_use]
-    pub fn segment(&self) -> &Segment {
-        &self.segment
+        let ring = RingClient::open(plan, process.clone())?;
+        let held_max = ring.segment().shape().slots.saturating_sub(1).max(1);
+        let (plan, ahead_max) = (Arc::new(ring.plan().clone()), rayon::current_num_threads() + AHEAD);
+        Ok(Self { ring, plan, process, compared: VecDeque::new(), held: 0, held_max, ahead_max })
     }
 
     /// Announces loads to come.
@@ -101,11 +69,11 @@ impl Ahead {
     /// # Errors
     /// The ring's.
     pub fn announce(&mut self, loads: &[BlockId]) -> Result<()> {
-        self.backlog.extend(loads.iter().map(|b| b.0));
+        self.ring.request(&loads.iter().map(|b| b.0).collect::<Vec<_>>())?;
         self.pump()
     }
 
-    /// Posts what is announced, leases what has arrived, as far as both can go without waiting.
+    /// Leases what has arrived, as far as that goes without waiting.
     ///
     /// # Errors
     /// The ring's; [`Error::TryAgain`] if the process is asked to stop.
@@ -114,40 +82,17 @@ impl Ahead {
             return Err(self.process.interrupted());
         }
         self.process.tick();
-        self.post()?;
-        // Taken before looking: an arrival after the look changes it.
-        self.ticket = self.segment.ticket(consumer::WAKE);
-        while self.held < self.held_max && self.compared.len() < self.ahead_max {
-            let Some((_, left)) = self.posted.front_mut() else { break };
-            let Some(leased) = self.ring.try_lease()? else { break };
-            *left -= 1;
-            if *left == 0 {
-                self.posted.pop_front();
-            }
-            self.held += 1;
-            self.patience = Patience::default();
+        while self.held < self.held_max && self.compared.len() < self.ahead_max && self.ring.awaited() > 0 {
+            let Some(leased) = self.ring.poll()? else { break };
             self.compare(leased);
         }
         Ok(())
     }
 
-    fn post(&mut self) -> Result<()> {
-        if self.backlog.is_empty() {
-            return Ok(());
-        }
-        let count = self.ring.post(self.backlog.make_contiguous())?;
-        for block in self.backlog.drain(..count) {
-            self.posted.push_back((block, self.plan.layout.chunks_of(BlockId(block))));
-        }
-        if count > 0 {
-            self.segment.wake(loader::WAKE);
-        }
-        Ok(())
-    }
-
     fn compare(&mut self, leased: Leased) {
+        self.held += 1;
         let whole = Arc::new(OnceLock::new());
-        let (segment, plan, verdict) = (self.segment.clone(), self.plan.clone(), whole.clone());
+        let (segment, plan, verdict) = (self.ring.segment().clone(), self.plan.clone(), whole.clone());
         rayon::spawn(move || {
             let _span = tracing::trace_span!("compare", block = leased.content.block, chunk = leased.content.chunk).entered();
             // SAFETY: the slot stays leased to this process until the verdict has been seen (`ready`, `drop`); nobody writes a leased slot.
@@ -164,16 +109,17 @@ impl Ahead {
     /// Takes the chunk that is due, if it has arrived and is whole. It must be given back with [`Self::release`].
     ///
     /// # Errors
-    /// [`Error::Invariant`] for a damaged payload or a chunk of another size than the layout's.
+    /// [`Error::Invariant`] for a damaged payload.
     pub fn ready(&mut self) -> Result<Option<Leased>> {
         let Some((leased, whole)) = self.compared.front().and_then(|c| Some((c.leased, *c.whole.get()?))) else { return Ok(None) };
         self.compared.pop_front();
-        if !whole {
-            self.held -= 1;
-            self.ring.release_corrupt(&leased)?;
-            return Err(damaged(&leased, &self.plan));
+        if whole {
+            return Ok(Some(leased));
         }
-        Ok(Some(leased))
+        self.held -= 1;
+        // Marks it, and says so.
+        self.ring.verify(&leased)?;
+        Err(Error::invariant("a chunk in the ring changed while it was compared with its checksum").at(self.plan.spec.path()))
     }
 
     /// Gives a chunk back.
@@ -182,26 +128,26 @@ impl Ahead {
     /// The ring's.
     pub fn release(&mut self, leased: &Leased) -> Result<()> {
         self.held = self.held.saturating_sub(1);
-        self.ring.release(leased)?;
-        self.segment.wake(loader::WAKE);
-        Ok(())
+        self.ring.release(leased)
     }
 
     /// Waits a little for what the last [`Self::pump`] did not find. `busy`: copies are under way whose end should be noticed.
     ///
     /// # Errors
-    /// [`Error::Absent`] if no loader is left and none will come.
+    /// As [`RingClient::wait`].
     pub fn wait(&mut self, busy: bool) -> Result<()> {
         if busy || !self.compared.is_empty() {
             std::thread::sleep(LOOK);
             return Ok(());
         }
-        if self.posted.is_empty() {
+        if self.ring.awaited() == 0 {
             return Err(Error::invariant("a chunk was awaited that was never announced"));
         }
         let _span = tracing::trace_span!("slot wait").entered();
-        self.segment.wait(consumer::WAKE, self.ticket);
-        self.patience.look(&self.segment, &self.process)
+        if let Some(leased) = self.ring.wait(Duration::MAX)? {
+            self.compare(leased);
+        }
+        Ok(())
     }
 
     /// Where the payload of a chunk lies in its block's.
@@ -219,20 +165,24 @@ impl Ahead {
         Ok(range.start as usize)
     }
 
+    /// The ring underneath.
+    #[must_use]
+    pub fn ring(&self) -> &RingClient {
+        &self.ring
+    }
+
     /// Says that no more blocks will be asked for, which lets a loader started by hand end.
     pub fn finish(&mut self) {
         self.ring.finish();
-        self.segment.wake(loader::WAKE);
     }
 }
 
 impl Drop for Ahead {
     fn drop(&mut self) {
-        // Nobody may write what is still being read.
+        // Nobody may write what is still being read: the role goes after this.
         while self.compared.iter().any(|c| c.whole.get().is_none()) {
             std::thread::sleep(LOOK);
         }
-        self.segment.clone().leave();
     }
 }
 
@@ -267,11 +217,11 @@ impl RingSupply {
     pub fn open(gpu: &Gpu, plan: RingPlan, process: Process) -> Result<Self> {
         let chunk = plan.layout.chunk_bytes as usize;
         let ahead = Ahead::open(plan, process)?;
-        let (base, bytes) = ahead.segment.payload_range();
+        let (base, bytes) = ahead.ring.segment().payload_area();
         let started = Instant::now();
         // SAFETY: the range is mapped as long as `ahead`'s segment lives, which goes after the source (order of fields). A part is copied only
         // while its slot is leased to us, and given back after the copy's event.
-        let source = unsafe { HostSource::new(gpu.context(), base, bytes, chunk, Locking::Allowed) }?;
+        let source = unsafe { HostSource::new(gpu.context(), base.cast_const(), bytes, chunk, Locking::Allowed) }?;
         tracing::info!("ring of {} MiB {} in {:.2} s", bytes >> 20, source.describe(), started.elapsed().as_secs_f64());
         let inner = Inner {
             copying: VecDeque::new(),
@@ -288,7 +238,7 @@ impl RingSupply {
     #[must_use]
     pub fn stats(&self) -> RingStats {
         let inner = self.inner.borrow();
-        let (slots_in_use, slots_free) = count_slots(&inner.ahead.segment);
+        let (slots_in_use, slots_free) = inner.ahead.ring.slots();
         RingStats { slots_in_use, slots_free, ..inner.stats }
     }
 
