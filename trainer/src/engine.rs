@@ -1,7 +1,7 @@
 //! What the training loop sees of a device: gradients of a step, their application, losses, state.
 //!
 //! The loop ([`crate::run`]) knows samples, schedule, log and checkpoints; an engine knows where parameters live and how a step is computed.
-//! [`crate::step::CpuEngine`] computes with tensors of the CPU, [`crate::cuda::engine::CudaEngine`] on a GPU. Checkpoints pass between them:
+//! [`crate::step::CpuEngine`] computes with tensors of the CPU, [`crate::gpu::engine::CudaEngine`] on a GPU. Checkpoints pass between them:
 //! the state is the same numbers in the same format, although the next step's last bits are those of the device that computes it.
 //!
 //! An engine may be dropped in the middle of a step: [`StepEngine::gradients`] changes nothing that [`StepEngine::state`] shows.

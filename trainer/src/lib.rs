@@ -9,6 +9,7 @@ pub mod checkpoint;
 pub mod cuda;
 pub mod data;
 pub mod engine;
+pub mod gpu;
 pub mod log;
 pub mod lora_file;
 pub mod memory;

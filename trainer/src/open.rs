@@ -21,9 +21,9 @@ use serenity_protocol::slab::manifest::Companion;
 use serenity_protocol::{Error, Result, dataset, targets};
 use xxhash_rust::xxh3::xxh3_64;
 
-use crate::cuda::engine::{CudaEngine, Opening};
 use crate::data::{CachedSamples, Samples};
 use crate::engine::StepEngine;
+use crate::gpu::engine::{CudaEngine, Opening};
 use crate::model::{Flux2, OtherWeights};
 use crate::ring_source::RingSource;
 use crate::run::{self, Parts};

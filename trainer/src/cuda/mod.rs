@@ -14,14 +14,13 @@
 //! passes        all blocks forward and back, layer-major over micro-batches
 //! step          gradients, norm, update
 //! bench_rows    the rows of the targets table
-//! ring_supply, slab_supply  where blocks come from
-//! engine        all of it behind the training loop
 //! check         everything above against the CPU path and the reference's files
 //! ```
 //! Results do not depend on where things lie: which blocks stay on the device, how many slots there are, where block inputs are kept and which
 //! form the payload has change the order of copies only. Matrices are multiplied in tiles whose size depends on the matrix alone, for the same reason.
 //!
 //! The host queues work and never waits in the middle of a step, except for a chunk that the loader has not delivered.
+#![forbid(unsafe_code)]
 
 pub mod adapters;
 pub mod assignment;
@@ -32,15 +31,12 @@ pub mod check;
 pub mod clock;
 pub mod conditioning;
 pub mod double;
-pub mod engine;
 pub mod flight;
 pub mod inputs;
 pub mod linear;
 mod passes;
 pub mod plan;
-pub mod ring_supply;
 pub mod single;
-pub mod slab_supply;
 pub mod step;
 pub mod tiles;
 

@@ -15,7 +15,7 @@ use serenity_protocol::slab::layout::{Part, PartKind, SlabLayout};
 use serenity_protocol::slab::{Slab, SlabLayer, quant};
 use serenity_protocol::{Error, Result};
 
-use super::blocks::Supply;
+use crate::cuda::blocks::Supply;
 use crate::slab_source::read_checked;
 
 /// Bytes of a half.

@@ -23,7 +23,7 @@ use serenity_protocol::ring::consumer::Leased;
 use serenity_protocol::ring::plan::RingPlan;
 use serenity_protocol::{Error, Result};
 
-use super::blocks::Supply;
+use crate::cuda::blocks::Supply;
 use crate::ring_client::RingClient;
 use crate::ring_source::RingStats;
 
