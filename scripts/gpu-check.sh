@@ -2,6 +2,7 @@
 # Compares every operation of the CUDA engine with plain CPU computations, on this machine's GPU.
 #
 #   scripts/gpu-check.sh [BINARY] [SECTION...] [--json]     default BINARY: target/release/serenity-gpu-check
+#   scripts/gpu-check.sh processes [--bin DIR] [...]        whole runs through all processes instead: see scripts/gpu_processes.py
 #
 # Exit 0: all agree (or there is no GPU: then it says SKIPPED). 1: something differs. Other codes: it could not run.
 # Libraries (driver, nvrtc, cublasLt, cudnn) are looked for in the usual places and in the wheels of python3's site-packages.
@@ -19,6 +20,11 @@ if ! nvidia-smi -L 2>/dev/null | grep -q '^GPU ' && ! compgen -G '/dev/nvidia[0-
   echo "SKIPPED: no GPU. Nothing of the CUDA engine was checked."
   echo "=================================================================="
   exit 0
+fi
+if [ "${1:-}" = processes ]; then
+  shift
+  . scripts/gpu-libraries.sh
+  exec python3 scripts/gpu_processes.py "$@"
 fi
 if [ ! -x "$binary" ]; then
   echo "error: there is no $binary" >&2

@@ -1,6 +1,6 @@
 //! The shapes of the models that can be made.
 //!
-//! `tiny` has the architecture of dev in every respect (both kinds of block, guidance embedding, sharded Mistral, VAE with attention and
+//! `eighth` and `tiny` are ours. `tiny` has the architecture of dev in every respect (both kinds of block, guidance embedding, sharded Mistral, VAE with attention and
 //! batch norm) at a size that trains on a CPU in minutes.
 
 use serenity_protocol::geometry::TransformerGeometry;
@@ -11,6 +11,9 @@ pub enum Preset {
     /// A few hundred thousand parameters, for tests and the quick start
     #[value(name = "tiny")]
     Tiny,
+    /// FLUX.2 (dev) at an eighth of its width, with all its blocks: half a billion parameters, for checks on a GPU
+    #[value(name = "eighth")]
+    Eighth,
     /// FLUX.2 (dev): 32.2 billion parameters
     #[value(name = "flux_2_dev")]
     Dev,
@@ -56,6 +59,7 @@ impl Preset {
     pub fn name(self) -> &'static str {
         match self {
             Preset::Tiny => "tiny",
+            Preset::Eighth => "eighth",
             Preset::Dev => "flux_2_dev",
             Preset::Klein4b => "flux_2_klein_4b",
             Preset::Klein9b => "flux_2_klein_9b",
@@ -68,6 +72,7 @@ impl Preset {
         // double blocks, single blocks, heads, head features, text features, guidance
         let (num_layers, num_single_layers, num_attention_heads, attention_head_dim, joint_attention_dim, guidance_embeds) = match self {
             Preset::Tiny => (2, 4, 4, 32, 192, true),
+            Preset::Eighth => (8, 48, 6, 128, 1920, true),
             Preset::Dev => (8, 48, 48, 128, 15360, true),
             Preset::Klein4b => (5, 20, 24, 128, 7680, false),
             Preset::Klein9b => (8, 24, 32, 128, 12288, false),
@@ -94,6 +99,9 @@ impl Preset {
     pub fn text(self) -> Option<TextShape> {
         match self {
             Preset::Tiny => Some(TextShape { vocab: 512, hidden: 64, intermediate: 128, layers: 8, heads: 4, kv_heads: 2, head_dim: 32 }),
+            Preset::Eighth => {
+                Some(TextShape { vocab: 512, hidden: 640, intermediate: 1280, layers: 8, heads: 8, kv_heads: 2, head_dim: 80 })
+            }
             Preset::Dev => {
                 Some(TextShape { vocab: 131_072, hidden: 5120, intermediate: 32_768, layers: 40, heads: 32, kv_heads: 8, head_dim: 128 })
             }
@@ -106,6 +114,7 @@ impl Preset {
     pub fn vae(self) -> VaeShape {
         match self {
             Preset::Tiny => VaeShape { latent: 8, channels: [32, 32, 32, 64] },
+            Preset::Eighth => VaeShape { latent: 32, channels: [32, 32, 32, 64] },
             _ => VaeShape { latent: 32, channels: [128, 256, 512, 512] },
         }
     }
