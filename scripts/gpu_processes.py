@@ -4,12 +4,13 @@
     scripts/gpu-check.sh processes [--bin DIR] [--work DIR] [--device cuda] [--steps 20] [--kill-steps 400] [--kills 5] [--only NAME...]
 
 DIR of --bin holds the programs (default target/release). Sections (--only):
+  parity  `serenity-trainer parity` on the device against the reference's files, float32
   same    a model of an eighth of dev's width: twice the same; streamed, resident, every pool, both payload forms, less device memory
   kills   the tiny model: loader killed 2 x KILLS times, trainer KILLS times, each run with the bytes of an undisturbed one
 Also checked: the driver's figure stays below the cap and does not grow after step 5, and the first loss is the processor's.
 Prints a line for each verdict. Exit 1 if one failed.
 """
-import argparse, copy, hashlib, json, os, re, shutil, signal, subprocess, sys, time
+import argparse, array, copy, hashlib, json, os, re, shutil, signal, subprocess, sys, time
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -167,6 +168,37 @@ def same(lab, args):
     verdict(error < 1e-2, "eighth, first loss is the processor's", f"{loss(first):.6f} and {loss(cpu):.6f}")
 
 
+def tensors(path):
+    """float32 tensors of a safetensors file by name."""
+    data = Path(path).read_bytes()
+    size = int.from_bytes(data[:8], "little")
+    found = {}
+    for name, entry in json.loads(data[8:8 + size]).items():
+        if name != "__metadata__" and entry["dtype"] == "F32":
+            begin, end = entry["data_offsets"]
+            found[name] = array.array("f", data[8 + size + begin:8 + size + end])
+    return found
+
+
+def parity(lab, args):
+    goldens = ROOT / "tests/fixtures/goldens"
+    for kind, case in [("forward", "transformer"), ("lora-step", "lora_step")]:
+        out, source = lab.work / f"{case}.safetensors", goldens / f"cases/{case}.safetensors"
+        lab.program("serenity-trainer", "parity", kind, "--model", goldens / "model", "--case", source, "--out", out, "--device", lab.device)
+        ours, theirs = tensors(out), tensors(source)
+        worst, where, count = 0.0, "", 0
+        for name, values in ours.items():
+            if name not in theirs:
+                continue
+            count += 1
+            scale = max(map(abs, theirs[name])) or 1e-30
+            usable = len(values) == len(theirs[name]) and all(v == v for v in values)
+            error = max(abs(a - b) for a, b in zip(values, theirs[name])) / scale if usable else float("inf")
+            if error > worst:
+                worst, where = error, name
+        verdict(count > 4 and worst <= 1e-4, f"parity {kind} on {lab.device}: {count} tensors", f"worst {worst:.1e} in {where}")
+
+
 def children(path, program):
     """Process ids of a run's programs of that name."""
     found = set()
@@ -231,11 +263,11 @@ def main():
     parser.add_argument("--steps", type=int, default=20)
     parser.add_argument("--kill-steps", type=int, default=400)
     parser.add_argument("--kills", type=int, default=5)
-    parser.add_argument("--only", nargs="*", default=["same", "kills"])
+    parser.add_argument("--only", nargs="*", default=["parity", "same", "kills"])
     args = parser.parse_args()
     lab = Lab(args)
     begun = time.time()
-    for name, section in [("same", same), ("kills", kills)]:
+    for name, section in [("parity", parity), ("same", same), ("kills", kills)]:
         if name in args.only:
             section(lab, args)
     print(f"{failed} failed, {time.time() - begun:.0f} s; logs in {lab.work}")

@@ -5,7 +5,7 @@ use std::path::PathBuf;
 use std::process::ExitCode;
 
 use clap::{Args, Parser, Subcommand, ValueEnum};
-use serenity_protocol::config::{Config, OverrideArgs};
+use serenity_protocol::config::{Config, DeviceKind, OverrideArgs};
 use serenity_protocol::message::Role;
 use serenity_protocol::process::{self, Process};
 use serenity_protocol::{Error, Result};
@@ -118,6 +118,9 @@ struct ParityArgs {
     /// Output tensors (.safetensors)
     #[arg(long)]
     out: PathBuf,
+    /// cpu, cuda or cuda:N
+    #[arg(long, default_value = "cpu", value_parser = parse_device)]
+    device: DeviceKind,
     /// Rows and columns of the latent grid, for a lora-step case that does not say, e.g. 4x6
     #[arg(long, value_name = "HxW", value_parser = parse_grid)]
     grid: Option<(usize, usize)>,
@@ -137,6 +140,14 @@ enum ParityKind {
 fn parse_grid(text: &str) -> Result<(usize, usize), String> {
     let sides = text.split_once('x').and_then(|(h, w)| Some((h.parse().ok()?, w.parse().ok()?)));
     sides.filter(|(h, w)| *h > 0 && *w > 0).ok_or_else(|| format!("'{text}' is not of the form HxW, e.g. 4x6"))
+}
+
+fn parse_device(text: &str) -> Result<DeviceKind, String> {
+    match text.split_once(':').map_or((text, Some(0)), |(kind, ordinal)| (kind, ordinal.parse().ok())) {
+        ("cpu", _) if text == "cpu" => Ok(DeviceKind::Cpu),
+        ("cuda", Some(ordinal)) => Ok(DeviceKind::Cuda(ordinal)),
+        _ => Err(format!("'{text}' is no device: cpu, cuda or cuda:N")),
+    }
 }
 
 fn main() -> ExitCode {
@@ -204,6 +215,7 @@ fn run_parity(args: &ParityArgs) -> Result<()> {
     };
     parity::run(&parity::Request {
         kind,
+        device: args.device,
         model: args.model.clone(),
         case: args.case_file.clone(),
         out: args.out.clone(),

@@ -1,4 +1,4 @@
-//! `serenity-trainer parity`: one computation in float32 on the CPU, from a case file to a file with the reference's tensor names.
+//! `serenity-trainer parity`: one computation in float32, on the CPU or on a GPU ([`crate::gpu::parity`]), from a case file to a file with the reference's tensor names.
 //!
 //! It runs the code of training (block by block from a source, hand-derived backward) on an unquantised checkpoint, so that its output
 //! can be held against the reference implementation's. A case holds inputs only; nothing is taken from expected values that may lie
@@ -10,7 +10,7 @@ use std::path::{Path, PathBuf};
 
 use candle_core::{DType, Device, Tensor};
 use serenity_protocol::checkpoint::Checkpoint;
-use serenity_protocol::config::OptimizerConfig;
+use serenity_protocol::config::{DeviceKind, OptimizerConfig};
 use serenity_protocol::geometry::BlockKind;
 use serenity_protocol::model_path::{self, TransformerSource};
 use serenity_protocol::{Error, Result, atomic_file};
@@ -21,7 +21,7 @@ use crate::model::{Adapter, AdapterSet, CheckpointSource, Flux2, Hidden, Inputs,
 use crate::optimizer::{AdamW, clip_grad_norm};
 
 /// Updates of a `lora-step` case.
-const UPDATES: usize = 3;
+pub(crate) const UPDATES: usize = 3;
 
 /// Which computation.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -37,6 +37,8 @@ pub enum Kind {
 pub struct Request {
     /// Which computation.
     pub kind: Kind,
+    /// Where.
+    pub device: DeviceKind,
     /// Model folder, or single transformer file in either naming.
     pub model: PathBuf,
     /// Input tensors.
@@ -60,7 +62,10 @@ pub fn run(request: &Request) -> Result<()> {
     if request.lora.is_some() && request.kind != Kind::LoraStep {
         return Err(Error::config("only lora-step has adapters to write as a LoRA file"));
     }
-    let computed = compute(request.kind, &weights, &case, request.grid)?;
+    let computed = match request.device {
+        DeviceKind::Cpu => compute(request.kind, &weights, &case, request.grid)?,
+        DeviceKind::Cuda(ordinal) => crate::gpu::parity::compute(ordinal, request.kind, &weights, &case, request.grid)?,
+    };
     let metadata = BTreeMap::from([("format".to_string(), "pt".to_string())]);
     atomic_file::write(&request.out, &lora_file::safetensors_bytes(&metadata, &computed.outputs)?)?;
     match (&request.lora, &computed.adapters) {
@@ -80,7 +85,7 @@ pub struct Computed {
     pub adapters: Option<AdapterSet>,
 }
 
-/// The computation without its output file.
+/// The computation on the CPU without its output file.
 ///
 /// # Errors
 /// As [`run`].
@@ -113,6 +118,10 @@ impl Case {
             return Err(Error::absent("the case file is not there").at(path));
         }
         Ok(Self { path: path.to_path_buf(), tensors: Checkpoint::open(path)?, metadata: lora_file::metadata_of(path)? })
+    }
+
+    pub(crate) fn contains(&self, name: &str) -> bool {
+        self.tensors.contains(name)
     }
 
     pub(crate) fn tensor(&self, name: &str) -> Result<Tensor> {
@@ -346,7 +355,7 @@ mod tests {
     fn request(case: PathBuf, grid: Option<(usize, usize)>) -> Request {
         let out = case.with_file_name("out.safetensors");
         let lora = Some(case.with_file_name("lora.safetensors"));
-        Request { kind: Kind::LoraStep, model: goldens().join("model"), case, out, grid, lora }
+        Request { kind: Kind::LoraStep, device: DeviceKind::Cpu, model: goldens().join("model"), case, out, grid, lora }
     }
 
     #[test]

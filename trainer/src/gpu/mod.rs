@@ -4,8 +4,10 @@
 //! ring_supply  payloads from the ring: leased ahead, compared, copied from where they lie
 //! slab_supply  payloads from the slab, for blocks that stay on the device
 //! engine       the step behind the loop's trait, and the device's memory against what is allowed
+//! parity       the reference's cases
 //! ```
 
 pub mod engine;
+pub mod parity;
 pub mod ring_supply;
 pub mod slab_supply;
