@@ -40,7 +40,7 @@ const MIB: f64 = 1024.0 * 1024.0;
 /// Left free on the device where the cap is `auto`.
 const MARGIN: u64 = 512 << 20;
 /// Set aside for what the product and attention libraries load at first use.
-const LIBRARIES: u64 = 192 << 20;
+const LIBRARIES: u64 = 256 << 20;
 /// The largest context that is believed: on a device that others use too, more than this is theirs.
 const CONTEXT_MAX: u64 = 1 << 30;
 
@@ -72,7 +72,7 @@ struct Allowance {
 }
 
 impl Allowance {
-    /// From what the driver says after the device was opened. `high` is `None` for `auto`.
+    /// From what the driver said when the context was there and nothing else. `high` is `None` for `auto`.
     fn new(high: Option<u64>, free: u64, total: u64) -> Self {
         let used = total.saturating_sub(free);
         let context = used.min(CONTEXT_MAX);
@@ -80,7 +80,7 @@ impl Allowance {
         Self { cap: high.unwrap_or(all), context, shared: used > CONTEXT_MAX }
     }
 
-    /// Bytes for the arena.
+    /// Bytes for the arena, when so many were taken since.
     fn budget(self, used_since: u64) -> usize {
         self.cap.saturating_sub(self.context + used_since + LIBRARIES) as usize
     }
@@ -119,7 +119,7 @@ impl CudaEngine {
         let info = gpu.memory()?;
         // Keeping everything is the point of `resident`: the watermarks are those of streaming.
         let high = stagehand.vram_high_bytes.filter(|_| !resident);
-        let allowance = Allowance::new(high, info.free, info.total);
+        let allowance = Allowance::new(high, info.free + info.used_by_process_estimate, info.total);
         let (layout, ring, supply) = supply(&gpu, slab, opening, process)?;
         let payloads = layout.blocks.iter().map(Payload::of).collect::<Result<Vec<_>>>()?;
         let ty = match config.dtype {

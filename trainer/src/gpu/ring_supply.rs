@@ -326,3 +326,140 @@ impl Drop for Inner {
         let _ = self.context.sync();
     }
 }
+
+#[cfg(test)]
+mod tests {
+    #![allow(clippy::unwrap_used, clippy::expect_used)]
+    use super::*;
+    use serenity_protocol::config::PayloadForm;
+    use serenity_protocol::geometry::TransformerGeometry;
+    use serenity_protocol::message::Role;
+    use serenity_protocol::ring::producer::{Action, Job, Producer};
+    use serenity_protocol::ring::segment::Segment;
+    use serenity_protocol::ring::words::{consumer, loader};
+    use serenity_protocol::slab::Slab;
+    use std::path::Path;
+    use std::sync::atomic::{AtomicBool, Ordering};
+
+    const CHUNK: u64 = 4096;
+
+    fn plan(test: &str, slots: usize) -> RingPlan {
+        let root = Path::new(env!("CARGO_MANIFEST_DIR")).join("../tests/fixtures/goldens");
+        let (slab, manifest) =
+            (root.join("cases/squareq/flux2tiny_int8.safetensors"), root.join("cases/squareq/flux2tiny_int8.manifest.json"));
+        let geometry = TransformerGeometry::from_config_file(&root.join("model/transformer/config.json")).unwrap();
+        let name = format!("serenity-test-{}-{test}-{slots}", std::process::id());
+        RingPlan::with(name, &Slab::open(&slab, &manifest).unwrap(), &geometry, PayloadForm::Int8, slots, CHUNK).unwrap()
+    }
+
+    fn byte(block: u16, at: usize) -> u8 {
+        (at * 31 + usize::from(block) * 7 + at / 251) as u8
+    }
+
+    /// Fills slots with [`byte`]s until told to stop; the payload of `damaged` does not have its checksum.
+    fn load(plan: &RingPlan, damaged: Option<(u16, u16)>, stop: &AtomicBool) {
+        let segment = Segment::open_or_create(&plan.spec).unwrap();
+        let mut ring = Producer::attach(segment.clone(), segment.shape(), plan.catalogue().unwrap()).unwrap();
+        // Relaxed: only ends the loop.
+        while !stop.load(Ordering::Relaxed) {
+            let ticket = segment.ticket(loader::WAKE);
+            match ring.next_action().unwrap() {
+                Action::Fill(job) => {
+                    let (bytes, sum) = fill(plan, &segment, job);
+                    let wrong = damaged == Some((job.content.block, job.content.chunk));
+                    ring.publish(job, bytes, sum ^ u64::from(wrong)).unwrap();
+                }
+                Action::Verify(job, sum) => {
+                    let (bytes, found) = fill(plan, &segment, job);
+                    assert_eq!(found, sum);
+                    ring.publish(job, bytes, sum).unwrap();
+                }
+                Action::Wait => segment.wait(loader::WAKE, ticket),
+                _ => {}
+            }
+            segment.wake(consumer::WAKE);
+        }
+        segment.leave();
+    }
+
+    fn fill(plan: &RingPlan, segment: &Segment, job: Job) -> (u64, u64) {
+        let (block, chunk) = (BlockId(job.content.block), u32::from(job.content.chunk));
+        let range = plan.layout.block(block).unwrap().chunk_range(chunk, CHUNK);
+        // SAFETY: the producer gave this slot to this thread to fill.
+        let slot = unsafe { segment.slot_filling(job.slot) };
+        let payload = &mut slot[..(range.end - range.start) as usize];
+        payload.iter_mut().enumerate().for_each(|(i, b)| *b = byte(block.0, range.start as usize + i));
+        (range.end - range.start, plan.layout.payload_checksum(block, chunk, payload).unwrap())
+    }
+
+    /// Takes all chunks of `visits`, holding up to `hold` of them as copies under way would.
+    fn consume(plan: &RingPlan, visits: &[BlockId], hold: usize) -> Result<usize> {
+        let mut ahead = Ahead::open(plan.clone(), Process::detached(Role::Trainer))?;
+        ahead.announce(visits)?;
+        let (mut open, mut taken) = (VecDeque::new(), 0);
+        for block in visits {
+            let mut done = 0;
+            while done < plan.layout.block(*block)?.bytes as usize {
+                ahead.pump()?;
+                let Some(leased) = ahead.ready()? else {
+                    match open.pop_front() {
+                        Some(oldest) => ahead.release(&oldest)?,
+                        None => ahead.wait(false)?,
+                    }
+                    continue;
+                };
+                assert_eq!((leased.content.block, ahead.place(&leased)?), (block.0, done));
+                let payload = ahead.ring().payload(&leased)?;
+                assert!(payload.iter().enumerate().all(|(i, b)| *b == byte(block.0, done + i)), "wrong bytes in block {}", block.0);
+                done += leased.bytes as usize;
+                taken += 1;
+                open.push_back(leased);
+                if open.len() > hold {
+                    open.pop_front().map_or(Ok(()), |oldest| ahead.release(&oldest))?;
+                }
+            }
+        }
+        ahead.finish();
+        Ok(taken)
+    }
+
+    fn with_loader<T>(plan: &RingPlan, damaged: Option<(u16, u16)>, work: impl FnOnce() -> T) -> T {
+        struct Stop<'s>(&'s AtomicBool);
+        impl Drop for Stop<'_> {
+            fn drop(&mut self) {
+                // Relaxed: see `load`. In drop, so that a failed assertion does not leave the loader running.
+                self.0.store(true, Ordering::Relaxed);
+            }
+        }
+        let stop = AtomicBool::new(false);
+        std::thread::scope(|scope| {
+            scope.spawn(|| load(plan, damaged, &stop));
+            let _stop = Stop(&stop);
+            work()
+        })
+    }
+
+    #[test]
+    fn every_chunk_comes_in_order_whatever_the_ring_holds() {
+        for slots in [1, 2, 3, 17] {
+            let plan = plan("order", slots);
+            let blocks: Vec<BlockId> = plan.layout.blocks.iter().map(|b| b.block).collect();
+            let visits: Vec<BlockId> = blocks.iter().chain(blocks.iter().rev()).copied().collect();
+            let expected: u32 = visits.iter().map(|b| plan.layout.chunks_of(*b)).sum();
+            for hold in [0, 1, 5] {
+                let taken = with_loader(&plan, None, || consume(&plan, &visits, hold)).unwrap();
+                assert_eq!(taken as u32, expected, "{slots} slots, {hold} held");
+            }
+        }
+    }
+
+    #[test]
+    fn a_damaged_chunk_is_never_handed_out() {
+        let plan = plan("damaged", 4);
+        let visits = [BlockId(0), BlockId(1)];
+        assert!(plan.layout.chunks_of(BlockId(1)) > 1, "the test needs a second chunk");
+        let error = with_loader(&plan, Some((1, 1)), || consume(&plan, &visits, 2)).unwrap_err();
+        assert_eq!(error.exit_code(), 70, "{error}");
+        assert!(error.to_string().contains("block 1 chunk 1"), "{error}");
+    }
+}
