@@ -71,7 +71,7 @@ fn every_module_says_what_it_is() {
 #[test]
 fn unsafe_code_lives_in_few_files() {
     // Each of these says why at its head; a new one needs a reason as good.
-    const ALLOWED: [&str; 15] = [
+    const ALLOWED: [&str; 16] = [
         "protocol/src/checkpoint.rs",
         "protocol/src/slab/simd.rs",
         "protocol/src/ring/segment.rs",
@@ -79,6 +79,7 @@ fn unsafe_code_lives_in_few_files() {
         "loader/src/service.rs",
         "loader/src/bench.rs",
         "trainer/src/ring_client.rs",
+        "trainer/src/gpu/ring_supply.rs",
         "encoder/src/tensor.rs",
         "encoder/src/text/weights.rs",
         "cuda/src/driver.rs",
