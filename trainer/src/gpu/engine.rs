@@ -1,8 +1,8 @@
 //! The engine of a GPU: [`CudaStep`] behind the training loop's [`StepEngine`], and the device's memory against what is allowed.
 //!
 //! The cap is `vram_high_watermark_mb`: context, libraries and arena together, by the driver's own figure. The context's share is measured
-//! after opening the device; libraries load some of their kernels at first use, for which [`LIBRARIES`] is set aside; the rest is the arena's.
-//! `auto` is what is free when the device is opened, less [`MARGIN`].
+//! after opening the device; libraries load some of their kernels at first use, for which 256 MiB is set aside; the rest is the arena's.
+//! `auto` is what is free when the device is opened, less 512 MiB.
 #![forbid(unsafe_code)]
 
 use std::borrow::Cow;
@@ -97,6 +97,11 @@ pub struct CudaEngine {
     rank: usize,
     allowance: Allowance,
     driver_peak: f64,
+    /// Bytes taken between the context and the arena: kernels, workspaces.
+    taken_at_open: u64,
+    /// When the last step began, and the seconds from one step to the next so far.
+    began: Option<Instant>,
+    steps: Vec<f64>,
     /// Whether it was said that the device is shared.
     said: bool,
     /// What blocks and ring had done before the step.
@@ -151,6 +156,9 @@ impl CudaEngine {
             rank: opening.adapters.rank,
             allowance,
             driver_peak: 0.0,
+            taken_at_open: info.used_by_process_estimate,
+            began: None,
+            steps: Vec::new(),
             said: false,
             before: Default::default(),
         };
@@ -163,9 +171,13 @@ impl CudaEngine {
         Ok(this)
     }
 
+    /// The driver's figure at most, as planned.
+    fn predicted_peak(&self) -> u64 {
+        self.allowance.cap.min(self.allowance.context + LIBRARIES + self.taken_at_open + self.step.plan().total() as u64)
+    }
+
     fn predict(&self, name: &str) {
-        let plan = self.step.plan();
-        let peak = self.allowance.context + LIBRARIES + plan.total() as u64;
+        let (plan, peak) = (self.step.plan(), self.predicted_peak());
         tracing::info!(
             "{name}: {} of {} blocks stay on the device; predicted: peak {:.0} MiB of {:.0} allowed, {}",
             plan.resident.len(),
@@ -251,6 +263,7 @@ impl StepEngine for CudaEngine {
 
     fn gradients(&mut self, batches: &[HostBatch], process: &Process) -> Result<Computed> {
         let started = Instant::now();
+        self.steps.extend(self.began.replace(started).map(|b| (started - b).as_secs_f64()));
         self.moved();
         let batches = self.place(batches)?;
         let placed = started.elapsed().as_secs_f64();
@@ -334,6 +347,15 @@ impl StepEngine for CudaEngine {
     fn finish(&mut self) {
         if let Some(ring) = &self.ring {
             ring.finish();
+        }
+        self.steps.sort_by(f64::total_cmp);
+        if let Some(median) = self.steps.get(self.steps.len() / 2) {
+            tracing::info!(
+                "from step to step {median:.4} s in the middle, predicted {:.4} for a card like an H100; peak {:.0} MiB, predicted {:.0}",
+                self.step.plan().forecast.seconds,
+                self.driver_peak,
+                self.predicted_peak() as f64 / MIB,
+            );
         }
     }
 }
