@@ -3,7 +3,7 @@
 
 use serde::Serialize;
 
-/// A row: FLUX.2 [dev], rank 16, batch size 1, random data.
+/// A row: FLUX.2 dev, rank 16, batch size 1, random data.
 #[derive(Debug, Clone, Copy, PartialEq, Serialize)]
 pub struct Row {
     /// How it is asked for.

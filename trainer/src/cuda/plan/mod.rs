@@ -239,7 +239,7 @@ impl Plan {
     /// Adds everything up and shares out what is left.
     ///
     /// # Errors
-    /// [`Error::Config`] if the budget is too small: with the minimum, and what to change.
+    /// [`serenity_protocol::Error::Config`] if the budget is too small: with the minimum, and what to change.
     pub fn new(need: &Need<'_>) -> Result<Self> {
         let g = need.geometry;
         let mut visit = 0;
@@ -288,7 +288,7 @@ impl Plan {
     /// What a step is expected to take at rates that were measured.
     ///
     /// # Errors
-    /// [`Error::Invariant`] for a plan that is not of this `need`.
+    /// [`serenity_protocol::Error::Invariant`] for a plan that is not of this `need`.
     pub fn predict(&self, need: &Need<'_>, rates: &Rates) -> Result<Forecast> {
         Forecast::of(self, need, rates)
     }
