@@ -20,7 +20,7 @@ use clap::Parser;
 use serde_json::json;
 use serenity_protocol::config::{Config, OverrideArgs, Overrides};
 use serenity_protocol::message::Role;
-use serenity_protocol::plan::Plan;
+use serenity_protocol::plan::{Plan, slab_suffices};
 use serenity_protocol::process::{Process, start_logging};
 use serenity_protocol::{Error, Result, ring};
 use signal_hook::consts::{SIGHUP, SIGINT, SIGTERM};
@@ -101,7 +101,9 @@ fn launch(cli: &Cli) -> Result<End> {
 fn plan_and_run(cli: &Cli, config: Config, overrides: Overrides, traces: &mut Vec<PathBuf>) -> Result<End> {
     let mut display = Display::new(cli.json, config.log_every_steps);
     // A hub id that is not in the local cache; until the signal threads run, Ctrl-C ends the process and the next call goes on.
-    serenity_hub::ensure(&config.model.path, serenity_hub::FOLDERS, &Process::detached(Role::Slab))?;
+    if let Some(folders) = folders_needed(&config) {
+        serenity_hub::ensure(&config.model.path, &folders, &Process::detached(Role::Slab))?;
+    }
     let plan = plan(&config, &mut display)?;
     let mut launcher = Launcher::new(config, overrides, display, cli.trace.is_some())?;
     watch_signals(&launcher)?;
@@ -109,6 +111,20 @@ fn plan_and_run(cli: &Cli, config: Config, overrides: Overrides, traces: &mut Ve
     traces.append(&mut launcher.traces);
     let progress = std::mem::take(&mut launcher.progress);
     Ok(if result? { End::Done(progress) } else { End::Stopped(progress) })
+}
+
+/// Folders of the model that the run reads and that might have to be downloaded: with a slab that suffices not the transformer's, with a
+/// full cache none.
+fn folders_needed(config: &Config) -> Option<Vec<&'static str>> {
+    if !slab_suffices(config) {
+        return Some(serenity_hub::FOLDERS.to_vec());
+    }
+    let is_ready = |plan: &Plan| plan.problems.is_empty() && plan.cache.is_complete();
+    // A plan that cannot be made is made again, and its error shown, when everything is there.
+    if Plan::new(config).is_ok_and(|plan| is_ready(&plan)) {
+        return None;
+    }
+    Some(serenity_hub::FOLDERS.iter().copied().filter(|f| !serenity_hub::TRANSFORMER_ONLY.contains(f)).collect())
 }
 
 /// Makes and shows the plan; its first problem is the error.

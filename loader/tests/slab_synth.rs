@@ -113,7 +113,8 @@ fn a_stream_can_be_drawn_from_anywhere() {
         bytes
     };
     let other = Stream::new(7, "another tensor");
-    let fills: [(&str, &dyn Fn(u64, &mut [u8])); 3] = [
+    type Fill<'a> = &'a dyn Fn(u64, &mut [u8]);
+    let fills: [(&str, Fill); 3] = [
         ("f32", &|at, out: &mut [u8]| stream.fill_f32(at, out, 0.5, 2.0)),
         ("bf16", &|at, out: &mut [u8]| stream.fill_bf16(at, out, 0.5, 2.0)),
         ("codes", &|at, out: &mut [u8]| stream.fill_codes(at, out)),

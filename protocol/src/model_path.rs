@@ -24,9 +24,9 @@ const LISTED_MAX: usize = 20;
 /// Where the parts of a model are.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct ModelPaths {
-    /// Folder or file of the transformer.
+    /// Folder or file of the transformer. It need not exist where a slab stands for it.
     pub transformer: PathBuf,
-    /// Its `config.json`; `None` for a single file, whose geometry follows from its shapes.
+    /// Its `config.json`; `None` for a single file, whose geometry follows from its shapes, and for a transformer that is gone.
     pub transformer_config: Option<PathBuf>,
     /// Folder of the text encoder.
     pub text_encoder: Option<PathBuf>,
@@ -80,6 +80,13 @@ pub fn resolve_path(path: &str) -> Result<ModelPaths> {
     if let Some(snapshot) = hub_snapshot(path)? {
         return of_folder(&snapshot);
     }
+    // A single file that is gone, beside the folders of the other parts: a slab may stand for it.
+    if root.extension().is_some_and(|e| e == "safetensors") {
+        let parts = beside(root.parent().filter(|p| !p.as_os_str().is_empty()).unwrap_or(Path::new(".")));
+        if parts.text_encoder.is_some() && parts.vae.is_some() {
+            return Ok(ModelPaths { transformer: root.to_path_buf(), ..parts });
+        }
+    }
     Err(Error::absent("the model was not found")
         .at(root)
         .expected("a folder in the Hugging Face layout, a .safetensors file, or a hub id (owner/name) that is in the local hub cache")
@@ -98,26 +105,34 @@ fn beside(folder: &Path) -> ModelPaths {
     }
 }
 
-/// A pipeline folder (with `transformer/`), or a transformer's own folder (with `config.json`; its siblings are the other parts).
+/// A pipeline folder (with `transformer/`, or without it but with the other parts), or a transformer's own folder (with `config.json`;
+/// its siblings are the other parts).
 fn of_folder(folder: &Path) -> Result<ModelPaths> {
     let inner = folder.join("transformer");
-    let (transformer, mut paths) = if inner.is_dir() {
-        (inner, beside(folder))
+    let parts = beside(folder);
+    let is_pipeline = inner.is_dir() || (parts.text_encoder.is_some() && parts.vae.is_some());
+    let (transformer, mut paths) = if is_pipeline {
+        (inner, parts)
     } else {
         // `canonicalize` because the parent of "transformer" alone is "".
         let real = folder.canonicalize().map_err(|e| Error::io("cannot open the model's folder", folder, e))?;
         (folder.to_path_buf(), beside(real.parent().unwrap_or(&real)))
     };
     let config = transformer.join("config.json");
-    if !config.is_file() {
-        return Err(Error::absent("the model's folder has no transformer")
-            .at(folder)
-            .expected("transformer/config.json (or config.json, for a transformer's own folder)")
-            .advice("check model.path; a folder that holds a single-file checkpoint is given by the file's path"));
+    // The transformer of a pipeline may be gone: a slab can stand for it, and who needs it says that it is missing.
+    if !config.is_file() && !is_pipeline {
+        return Err(no_transformer(folder));
     }
     paths.transformer = transformer;
-    paths.transformer_config = Some(config);
+    paths.transformer_config = Some(config).filter(|c| c.is_file());
     Ok(paths)
+}
+
+fn no_transformer(at: &Path) -> Error {
+    Error::absent("the model's folder has no transformer")
+        .at(at)
+        .expected("transformer/config.json (or config.json, for a transformer's own folder)")
+        .advice("check model.path; a folder that holds a single-file checkpoint is given by the file's path")
 }
 
 /// The snapshot of a hub id in the local hub cache, if it is one and is there.
@@ -213,6 +228,10 @@ impl TransformerSource {
     /// # Errors
     /// As [`Self::open`].
     pub fn open_parts(transformer: &Path, config: Option<&Path>) -> Result<Self> {
+        // Without its configuration a folder is no transformer; a single file has none.
+        if !transformer.exists() || (config.is_none() && transformer.is_dir()) {
+            return Err(no_transformer(transformer));
+        }
         let checkpoint = Checkpoint::open(transformer)?;
         let table = name_table(&checkpoint);
         let mut shapes = HashMap::new();

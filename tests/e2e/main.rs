@@ -7,4 +7,5 @@ mod crashes;
 mod lab;
 mod quickstart;
 mod same_bytes;
+mod slab_alone;
 mod standalone;

@@ -5,7 +5,7 @@ use std::path::{Path, PathBuf};
 use std::process::ExitCode;
 
 use clap::{Args, Parser, Subcommand};
-use serenity_loader::slab_tool::build::{self, BuildOptions, BuildReport};
+use serenity_loader::slab_tool::build::{self, BuildOptions, BuildReport, Component};
 use serenity_loader::slab_tool::synth::{self, Preset, SynthOptions};
 use serenity_loader::slab_tool::{info, repack, verify};
 use serenity_protocol::message::{FromChild, Role};
@@ -26,7 +26,7 @@ struct Cli {
 
 #[derive(Subcommand)]
 enum Command {
-    /// Quantise a transformer into PREFIX.safetensors, PREFIX.manifest.json and PREFIX.other.safetensors
+    /// Quantise a transformer or text encoder into PREFIX.safetensors, PREFIX.manifest.json and PREFIX.other.safetensors
     Build(BuildArgs),
     /// Read every byte of a slab and compare it with its checksums
     Verify(VerifyArgs),
@@ -38,12 +38,46 @@ enum Command {
     Synth(SynthArgs),
 }
 
+/// What a slab is made of.
+#[derive(Clone, Copy, clap::ValueEnum)]
+enum ComponentArg {
+    /// The transformer, for training
+    #[value(name = "transformer")]
+    Transformer,
+    /// The first layers of the text encoder, for encoding captions
+    #[value(name = "text_encoder")]
+    TextEncoder,
+}
+
+impl ComponentArg {
+    fn component(self) -> Component {
+        match self {
+            ComponentArg::Transformer => Component::Transformer,
+            ComponentArg::TextEncoder => Component::TextEncoder,
+        }
+    }
+}
+
+/// Folders of the hub's pipeline that a component is in.
+fn folders_of(component: Component) -> &'static [&'static str] {
+    match component {
+        Component::Transformer => serenity_hub::TRANSFORMER_ONLY,
+        Component::TextEncoder => &["text_encoder"],
+    }
+}
+
 #[derive(Args)]
 struct BuildArgs {
     /// Model: a folder in the Hugging Face layout, a .safetensors file (BFL or diffusers names) or a hub id (from the local cache, or
     /// downloaded into it; HF_TOKEN, HF_HOME, HF_ENDPOINT and HF_HUB_OFFLINE count)
     #[arg(long, value_name = "PATH")]
     model: String,
+    /// Which part of the model
+    #[arg(long, value_enum, default_value_t = ComponentArg::Transformer)]
+    component: ComponentArg,
+    /// Layers of the text encoder (default: those that the default embedding needs, 30 of dev's 40)
+    #[arg(long, value_name = "N")]
+    layers: Option<usize>,
     /// Path and name of the slab's files, without an ending
     #[arg(long, value_name = "PREFIX")]
     output: PathBuf,
@@ -101,7 +135,7 @@ struct InfoArgs {
     #[command(flatten)]
     slab: SlabArgs,
     /// The original model: adds the quantisation error of every layer
-    #[arg(long, value_name = "PATH")]
+    #[arg(long, visible_alias = "against", value_name = "PATH")]
     model: Option<String>,
     /// Print everything as JSON
     #[arg(long)]
@@ -166,6 +200,8 @@ fn usage(error: &clap::Error) -> ExitCode {
 
 fn run_build(args: BuildArgs, process: &Process) -> Result<()> {
     let options = BuildOptions {
+        component: args.component.component(),
+        layers: args.layers,
         blocks_only: args.blocks_only,
         pack_k: args.pack_k,
         architecture_id: args.architecture_id,
@@ -174,7 +210,7 @@ fn run_build(args: BuildArgs, process: &Process) -> Result<()> {
         ..BuildOptions::new(args.model, args.output)
     };
     process.send(&FromChild::Ready);
-    serenity_hub::ensure(&options.model, serenity_hub::TRANSFORMER_ONLY, process)?;
+    serenity_hub::ensure(&options.model, folders_of(options.component), process)?;
     let report = build::build(&options, process)?;
     built(&report, args.json, process)
 }
@@ -232,7 +268,8 @@ fn rate_row(what: &str, rate: &verify::Rate) -> String {
 fn run_info(args: InfoArgs, process: &Process) -> Result<()> {
     let slab = open(&args.slab)?;
     if let Some(model) = &args.model {
-        serenity_hub::ensure(model, serenity_hub::TRANSFORMER_ONLY, process)?;
+        let component = slab.manifest().serenity.as_ref().map(|a| a.component).unwrap_or_default();
+        serenity_hub::ensure(model, folders_of(component), process)?;
     }
     let info = info::info(&slab, args.model.as_deref(), process)?;
     if args.json {
@@ -240,6 +277,7 @@ fn run_info(args: InfoArgs, process: &Process) -> Result<()> {
     }
     let or_none = |text: Option<String>| text.unwrap_or_else(|| "none".into());
     println!("slab             {}", info.slab);
+    println!("component        {}", if info.component == Component::TextEncoder { "text encoder" } else { "transformer" });
     println!("architecture     {}", info.architecture_id);
     println!("model signature  {}", info.model_signature);
     println!("slab signature   {}", info.signature);

@@ -12,9 +12,9 @@ use std::time::Instant;
 use rayon::prelude::*;
 use serde::{Deserialize, Serialize};
 use serenity_protocol::geometry::TransformerGeometry;
-use serenity_protocol::model_path::{TransformerSource, resolve_path};
 use serenity_protocol::process::Process;
-use serenity_protocol::slab::manifest::{self, ADDITIONS_VERSION, Additions, Companion, Hash, Manifest};
+pub use serenity_protocol::slab::manifest::Component;
+use serenity_protocol::slab::manifest::{self, Additions, Companion, Hash, Manifest};
 use serenity_protocol::slab::quant;
 use serenity_protocol::{Error, Result, atomic_file};
 use xxhash_rust::xxh3::Xxh3;
@@ -22,6 +22,7 @@ use xxhash_rust::xxh3::Xxh3;
 use super::companion::{self, CompanionPlan};
 pub use super::files::{PAGE_BYTES, SlabFiles, page_bytes_for};
 use super::files::{finish, lock, not_finite};
+use super::model::{Model, Source};
 use super::plan::{Content, SlabPlan};
 use super::progress::{Progress, joined};
 use super::source::{Batch, SourceReader, element_bytes};
@@ -37,6 +38,10 @@ const QUEUE: usize = 2;
 pub struct BuildOptions {
     /// Folder, single file or hub id.
     pub model: String,
+    /// Which part of the model.
+    pub component: Component,
+    /// Layers of a text encoder; those that the default embedding needs if not given.
+    pub layers: Option<usize>,
     /// Path and name of the files without `.safetensors` and `.manifest.json`.
     pub output: PathBuf,
     /// Leave the linears outside the blocks out of the slab (they are in the companion anyway).
@@ -57,6 +62,8 @@ impl BuildOptions {
     pub fn new(model: impl Into<String>, output: impl Into<PathBuf>) -> Self {
         Self {
             model: model.into(),
+            component: Component::Transformer,
+            layers: None,
             output: output.into(),
             blocks_only: false,
             pack_k: 64,
@@ -82,18 +89,6 @@ pub struct BuildReport {
     pub seconds: f64,
 }
 
-/// The default label of an architecture.
-#[must_use]
-pub fn architecture_id(geometry: &TransformerGeometry) -> &'static str {
-    match (geometry.inner_dim(), geometry.num_layers, geometry.num_single_layers) {
-        (6144, 8, 48) => "flux2_dev",
-        (4096, 8, 24) => "flux2_klein_9b",
-        (3072, 5, 20) => "flux2_klein_4b",
-        (d, ..) if d <= 1024 => "flux2_tiny",
-        _ => "flux2",
-    }
-}
-
 /// Builds slab, companion and manifest.
 ///
 /// # Errors
@@ -101,10 +96,11 @@ pub fn architecture_id(geometry: &TransformerGeometry) -> &'static str {
 /// values that are no numbers, [`Error::TryAgain`] for a full disk or an interruption (the next run goes on).
 pub fn build(options: &BuildOptions, process: &Process) -> Result<BuildReport> {
     let started = Instant::now();
-    let source = TransformerSource::open(&resolve_path(&options.model)?)?;
-    let plan = SlabPlan::new(source.geometry(), options.pack_k, options.blocks_only)?;
-    let others = CompanionPlan::new(source.geometry())?;
-    check_types(&source, source.geometry())?;
+    let source = Source::open(&options.model, options.component, options.layers)?;
+    let model = source.model();
+    let plan = SlabPlan::of(&model, options.pack_k, options.blocks_only)?;
+    let others = CompanionPlan::new(&model)?;
+    check_types(&source, &model)?;
     let page_bytes = options.page_bytes.unwrap_or_else(|| page_bytes_for(plan.file.file_bytes));
     if !page_bytes.is_power_of_two() || !(4096..=1 << 30).contains(&page_bytes) {
         return Err(Error::config("the page size must be a power of two from 4096 to 2^30").found(page_bytes));
@@ -130,14 +126,14 @@ pub fn build(options: &BuildOptions, process: &Process) -> Result<BuildReport> {
         &mut progress,
     )?;
     let companion = companion::write(&others, &source, &files, &mut progress)?;
-    let manifest = assemble(source.geometry(), options.architecture_id.clone(), &plan, page_bytes, hashes, companion);
+    let manifest = assemble(&model, options.architecture_id.clone(), &plan, page_bytes, hashes, companion);
     finish(&files, &manifest)?;
     Ok(BuildReport { layers: plan.linears.len(), bytes: total, resumed_bytes, seconds: started.elapsed().as_secs_f64(), files })
 }
 
 /// Refuses what the quantiser cannot read before anything is written.
-fn check_types(source: &TransformerSource, geometry: &TransformerGeometry) -> Result<()> {
-    for (name, shape) in geometry.all_tensors() {
+fn check_types(source: &Source, model: &Model) -> Result<()> {
+    for (name, shape) in model.all_tensors() {
         let place = source.place(&name, &shape)?;
         element_bytes(place.dtype).map_err(|e| e.at(&place.file).found(format!("'{name}' is {:?}", place.dtype)))?;
     }
@@ -154,7 +150,7 @@ struct Journal {
 }
 
 /// Names this build: same plan, same page size, same source files unchanged since.
-fn identity(plan: &SlabPlan, page_bytes: u64, source: &TransformerSource) -> Result<Hash> {
+fn identity(plan: &SlabPlan, page_bytes: u64, source: &Source) -> Result<Hash> {
     use std::os::unix::fs::MetadataExt;
     let mut hash = Xxh3::new();
     hash.update(&plan.file.header);
@@ -180,7 +176,7 @@ fn resume_point(files: &SlabFiles, plan: &SlabPlan, identity: Hash) -> Option<Jo
 
 struct Job<'a> {
     plan: &'a SlabPlan,
-    source: &'a TransformerSource,
+    source: &'a Source,
     files: &'a SlabFiles,
     page_bytes: u64,
     identity: Hash,
@@ -329,7 +325,7 @@ fn quantise_batch(job: &Job, index: usize, batch: &Batch, scales: &mut Vec<f32>)
 
 /// The manifest of a written slab.
 pub(super) fn assemble(
-    geometry: &TransformerGeometry,
+    model: &Model,
     label: Option<String>,
     plan: &SlabPlan,
     page_bytes: u64,
@@ -340,11 +336,16 @@ pub(super) fn assemble(
     layers.sort_by(|a, b| a.canonical_name.cmp(&b.canonical_name));
     let total = layers.iter().map(|l| l.packed_shape[0] as u64 * l.packed_shape[1] as u64).sum();
     let tensors = plan.file.tensors.iter().zip(hashes.tensors).map(|(t, hash)| (t.name.clone(), hash)).collect();
-    let geometry_out =
-        TransformerGeometry { out_channels: geometry.out_channels.filter(|&n| n != geometry.in_channels), ..geometry.clone() };
+    let (geometry, text_encoder) = match model {
+        Model::Transformer(geometry) => {
+            let out_channels = geometry.out_channels.filter(|&n| n != geometry.in_channels);
+            (Some(TransformerGeometry { out_channels, ..geometry.clone() }), None)
+        }
+        Model::TextEncoder(shape) => (None, Some(shape.clone())),
+    };
     Manifest {
-        model_signature: manifest::model_signature(&geometry.all_linears()),
-        architecture_id: label.unwrap_or_else(|| architecture_id(geometry).to_owned()),
+        model_signature: manifest::model_signature(&model.all_linears()),
+        architecture_id: label.unwrap_or_else(|| model.architecture_id().to_owned()),
         quant_version: manifest::QUANT_VERSION.into(),
         kernel_abi_version: manifest::KERNEL_ABI_VERSION,
         min_runtime_version: "0.1.0".into(),
@@ -352,10 +353,12 @@ pub(super) fn assemble(
         total_qweight_bytes: Some(total),
         layers,
         serenity: Some(Additions {
-            format: ADDITIONS_VERSION,
+            format: model.component().format(),
+            component: model.component(),
             // Set when the text is made.
             manifest_xxh3: Hash(0),
-            geometry: geometry_out,
+            geometry,
+            text_encoder,
             file_bytes: plan.file.file_bytes,
             header_xxh3: Hash(xxhash_rust::xxh3::xxh3_64(&plan.file.header)),
             page_bytes,

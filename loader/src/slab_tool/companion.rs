@@ -1,4 +1,5 @@
-//! The companion of a slab: the linears outside the blocks and every norm weight, bfloat16, so that training needs the slab alone.
+//! The companion of a slab: the linears outside the blocks (a text encoder's embedding) and every norm weight, bfloat16, so that training
+//! needs the slab alone.
 //!
 //! These are the tensors that stay on the device. They are a small file (1.6 GB for dev) of plain safetensors under their diffusers
 //! names, checked by its own hashes in the manifest.
@@ -7,13 +8,12 @@ use std::path::Path;
 
 use rayon::prelude::*;
 use safetensors::Dtype;
-use serenity_protocol::geometry::TransformerGeometry;
-use serenity_protocol::model_path::TransformerSource;
 use serenity_protocol::slab::manifest::Companion;
 use serenity_protocol::slab::quant;
 use serenity_protocol::{Error, Result};
 
 use super::files::{PAGE_BYTES, SlabFiles, not_finite};
+use super::model::{Model, Source};
 use super::plan::{FilePlan, PlanBuilder};
 use super::progress::Progress;
 use super::source::{SourceReader, element_bytes};
@@ -31,20 +31,14 @@ pub struct CompanionPlan {
 }
 
 impl CompanionPlan {
-    /// Every tensor that is no block linear, in the order of the geometry.
+    /// Every tensor that is no block linear, in the order of the model.
     ///
     /// # Errors
     /// [`Error::Data`] for an impossible size.
-    pub fn new(geometry: &TransformerGeometry) -> Result<Self> {
+    pub fn new(model: &Model) -> Result<Self> {
         let mut file = PlanBuilder::default();
-        for linear in geometry.other_linears() {
-            file.push(format!("{}.weight", linear.name), COMPANION_DTYPE, vec![linear.out_features, linear.in_features])?;
-        }
-        for block in geometry.blocks() {
-            let prefix = geometry.block_prefix(block);
-            for norm in geometry.block_norms(block) {
-                file.push(format!("{prefix}.{norm}.weight"), COMPANION_DTYPE, vec![geometry.attention_head_dim])?;
-            }
+        for (name, shape) in model.companion_tensors() {
+            file.push(name, COMPANION_DTYPE, shape)?;
         }
         Ok(Self { file: file.finish(64, &[("format", "pt")])? })
     }
@@ -69,7 +63,7 @@ impl CompanionPlan {
 ///
 /// # Errors
 /// As the build's.
-pub fn write(plan: &CompanionPlan, source: &TransformerSource, files: &SlabFiles, progress: &mut Progress) -> Result<Companion> {
+pub fn write(plan: &CompanionPlan, source: &Source, files: &SlabFiles, progress: &mut Progress) -> Result<Companion> {
     let mut writer = FileWriter::create_hashed(&plan.file, &files.companion_partial, PAGE_BYTES)?;
     let mut reader = SourceReader::default();
     for tensor in &plan.file.tensors {

@@ -2,13 +2,14 @@
 
 use rayon::prelude::*;
 use serde::Serialize;
-use serenity_protocol::model_path::{TransformerSource, resolve_path};
 use serenity_protocol::process::Process;
+use serenity_protocol::slab::manifest::Component;
 use serenity_protocol::slab::{Slab, SlabLayer};
 use serenity_protocol::{Error, Result};
 use std::fs::File;
 use std::os::unix::fs::FileExt;
 
+use super::model::{Model, Source};
 use super::progress::Progress;
 use super::source::{SourceReader, element_bytes};
 
@@ -21,6 +22,8 @@ pub struct SlabInfo {
     pub file_bytes: u64,
     /// Bytes of all codes.
     pub qweight_bytes: u64,
+    /// `transformer` or `text_encoder`.
+    pub component: Component,
     /// Label of the architecture.
     pub architecture_id: String,
     /// Signature of the model.
@@ -31,7 +34,7 @@ pub struct SlabInfo {
     pub layer_count: usize,
     /// Page size of the checksums, if there are any.
     pub page_bytes: Option<u64>,
-    /// Blocks, if the geometry is known.
+    /// Blocks (layers of a text encoder), if the geometry is known.
     pub blocks: Option<usize>,
     /// Whether every block is one aligned run of the file, if the geometry is known.
     pub blocks_contiguous: Option<bool>,
@@ -75,8 +78,7 @@ pub fn info(slab: &Slab, model: Option<&str>, process: &Process) -> Result<SlabI
         .map(|l| LayerInfo { name: l.name.clone(), shape: [l.out_features, l.in_features], offset: l.qweight.start, error: None })
         .collect();
     if let Some(model) = model {
-        let source = TransformerSource::open(&resolve_path(model)?)?;
-        slab.check_model(source.geometry())?;
+        let source = open_original(slab, model)?;
         let file = File::open(slab.path()).map_err(|e| Error::io("cannot open the slab", slab.path(), e))?;
         let mut progress = Progress::new(process, "compare", slab.layers().iter().map(|l| l.qweight.end - l.qweight.start).sum());
         for (layer, out) in slab.layers().iter().zip(&mut layers) {
@@ -85,20 +87,42 @@ pub fn info(slab: &Slab, model: Option<&str>, process: &Process) -> Result<SlabI
         }
     }
     let additions = slab.manifest().serenity.as_ref();
+    let blocks = Model::of_slab(slab).map(|model| model.blocks());
     Ok(SlabInfo {
         slab: slab.path().display().to_string(),
         file_bytes: slab.file_bytes(),
         qweight_bytes: slab.layers().iter().map(|l| l.qweight.end - l.qweight.start).sum(),
+        component: additions.map(|a| a.component).unwrap_or_default(),
         architecture_id: slab.manifest().architecture_id.clone(),
         model_signature: slab.model_signature().to_owned(),
         signature: format!("{:016x}", slab.signature()),
         layer_count: slab.layers().len(),
         page_bytes: additions.map(|a| a.page_bytes),
-        blocks: slab.geometry().map(|g| g.num_blocks()),
-        blocks_contiguous: slab.geometry().map(|g| g.blocks().all(|b| is_contiguous(slab, &g.block_linears(b)))),
+        blocks: blocks.as_ref().map(Vec::len),
+        blocks_contiguous: blocks.map(|blocks| blocks.iter().all(|linears| is_contiguous(slab, linears))),
         companion: slab.companion().map(|p| p.display().to_string()),
         layers,
     })
+}
+
+/// The checkpoint that the slab claims to be made from.
+fn open_original(slab: &Slab, model: &str) -> Result<Source> {
+    match Model::of_slab(slab) {
+        Some(Model::TextEncoder(shape)) => {
+            let source = Source::open(model, Component::TextEncoder, Some(shape.layers))?;
+            if source.model() != Model::TextEncoder(shape) {
+                return Err(Error::data("the slab is of another text encoder than --model").at(slab.path()).advice("correct --model"));
+            }
+            Ok(source)
+        }
+        _ => {
+            let source = Source::open(model, Component::Transformer, None)?;
+            if let Model::Transformer(geometry) = source.model() {
+                slab.check_model(&geometry)?;
+            }
+            Ok(source)
+        }
+    }
 }
 
 /// Whether the codes of these linears follow each other without gap, from a multiple of 4096 on.
@@ -107,7 +131,7 @@ fn is_contiguous(slab: &Slab, linears: &[serenity_protocol::geometry::LinearSpec
     ranges.is_some_and(|r| r.first().is_some_and(|f| f.start % 4096 == 0) && r.windows(2).all(|w| matches!(w, [a, b] if a.end == b.start)))
 }
 
-fn compare(file: &File, slab: &Slab, layer: &SlabLayer, source: &TransformerSource) -> Result<LayerError> {
+fn compare(file: &File, slab: &Slab, layer: &SlabLayer, source: &Source) -> Result<LayerError> {
     let place = source.place(&format!("{}.weight", layer.name), &[layer.out_features, layer.in_features])?;
     let row_bytes = layer.in_features * element_bytes(place.dtype)?;
     let io = |e| Error::io("cannot read the slab", slab.path(), e);

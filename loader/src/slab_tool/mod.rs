@@ -8,6 +8,7 @@ pub mod companion;
 mod direct;
 mod files;
 pub mod info;
+pub mod model;
 pub mod plan;
 mod produce;
 mod progress;

@@ -10,6 +10,8 @@ use serenity_protocol::geometry::{LinearSpec, TransformerGeometry};
 use serenity_protocol::slab::manifest::ManifestLayer;
 use serenity_protocol::{Error, Result};
 
+use super::model::Model;
+
 /// Alignment of the payload, of every block and of the file's length: the unit of direct reads.
 pub const BLOCK_ALIGN: u64 = 4096;
 /// Alignment of the float tensors within a block.
@@ -152,12 +154,17 @@ impl SlabPlan {
     /// # Errors
     /// [`Error::Config`] for an impossible `pack_k`, [`Error::Data`] for an impossible size.
     pub fn new(geometry: &TransformerGeometry, pack_k: usize, blocks_only: bool) -> Result<Self> {
+        Self::of(&Model::Transformer(geometry.clone()), pack_k, blocks_only)
+    }
+
+    /// The same of any component.
+    ///
+    /// # Errors
+    /// As [`Self::new`].
+    pub fn of(model: &Model, pack_k: usize, blocks_only: bool) -> Result<Self> {
         let mut this = Builder::default();
-        for block in geometry.blocks() {
-            this.group(geometry.block_linears(block), pack_k)?;
-        }
-        if !blocks_only {
-            this.group(geometry.other_linears(), pack_k)?;
+        for linears in model.groups(blocks_only) {
+            this.group(linears, pack_k)?;
         }
         this.file.align(BLOCK_ALIGN)?;
         this.sync_contents();

@@ -18,6 +18,7 @@ use serenity_protocol::{Error, Result};
 use super::build::{self, BuildReport};
 use super::companion::{self, CompanionPlan};
 use super::files::{self, SlabFiles};
+use super::model::{Model, Source};
 use super::plan::{Content, SlabPlan};
 use super::progress::{Progress, joined};
 use super::writer::{FileHashes, FileWriter, check_free_space};
@@ -32,10 +33,11 @@ const BATCH_BYTES: u64 = 16 << 20;
 pub fn repack(slab: &Slab, model: &str, prefix: &Path, process: &Process) -> Result<BuildReport> {
     let started = Instant::now();
     let source = TransformerSource::open(&resolve_path(model)?)?;
-    let geometry = source.geometry();
-    slab.check_model(geometry)?;
-    let plan = SlabPlan::new(geometry, pack_k(slab)?, geometry.other_linears().iter().any(|l| slab.layer_for(l).is_err()))?;
-    let others = CompanionPlan::new(geometry)?;
+    let geometry = source.geometry().clone();
+    slab.check_model(&geometry)?;
+    let (model, source) = (Model::Transformer(geometry.clone()), Source::Transformer(source));
+    let plan = SlabPlan::of(&model, pack_k(slab)?, geometry.other_linears().iter().any(|l| slab.layer_for(l).is_err()))?;
+    let others = CompanionPlan::new(&model)?;
     let files = SlabFiles::of(prefix)?;
     std::fs::create_dir_all(files.folder()).map_err(|e| Error::io("cannot create the output folder", files.folder(), e))?;
     let same = |path: &Path| path.canonicalize().ok().is_some_and(|p| Some(p) == slab.path().canonicalize().ok());
@@ -50,7 +52,7 @@ pub fn repack(slab: &Slab, model: &str, prefix: &Path, process: &Process) -> Res
     let hashes = copy(slab, &plan, &files, page_bytes, &mut progress)?;
     let companion = companion::write(&others, &source, &files, &mut progress)?;
     let label = Some(slab.manifest().architecture_id.clone()).filter(|label| !label.is_empty());
-    files::finish(&files, &build::assemble(geometry, label, &plan, page_bytes, hashes, companion))?;
+    files::finish(&files, &build::assemble(&model, label, &plan, page_bytes, hashes, companion))?;
     Ok(BuildReport { layers: plan.linears.len(), bytes: total, resumed_bytes: 0, seconds: started.elapsed().as_secs_f64(), files })
 }
 

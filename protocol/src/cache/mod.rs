@@ -7,7 +7,8 @@
 //! The type that the encoder computed in is not part of the name, for that reason: it is written in the entry's metadata.
 //!
 //! **Layout.** `<cache_dir>/text/ab/<64 hex>.safetensors` and `<cache_dir>/latent/ab/<64 hex>.safetensors`, where `ab` are the first two
-//! digits; `<cache_dir>/identity.json` memoises digests ([`identity`]); `<cache_dir>/claims` says who is making what while encoders run
+//! digits; `<cache_dir>/identity.json` memoises digests ([`identity`]);
+//! `<cache_dir>/components.json` notes whose work the entries are, so that a full cache needs no weights; `<cache_dir>/claims` says who is making what while encoders run
 //! ([`claims`]).
 //!
 //! **Whole or not at all.** Entries are written with [`crate::atomic_file`] and carry a checksum over every byte. A corrupt or
@@ -21,6 +22,7 @@ mod entry;
 mod folder;
 pub mod identity;
 mod plan;
+mod record;
 pub mod text_model;
 
 pub use entry::{LatentEntry, TextEntry};

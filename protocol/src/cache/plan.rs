@@ -7,6 +7,7 @@ use std::path::{Path, PathBuf};
 
 use super::entry::looks_whole;
 use super::identity::{Memo, feed};
+use super::record::Records;
 use super::text_model::TextGeometry;
 use super::{FORMAT_VERSION, LatentEntry, TextEntry};
 use crate::config::Config;
@@ -164,6 +165,8 @@ pub struct CachePlan {
     pub resolution: u32,
     /// Identities of text encoder, tokenizer and VAE, as they enter the keys.
     pub identities: [String; 3],
+    /// Whether the weights of text encoder and VAE are there. Without them the entries are those that they made when they were.
+    pub weights_there: [bool; 2],
     /// Files that had to be opened for their digest: 0 when the memo knew all.
     pub files_hashed: usize,
 }
@@ -180,7 +183,8 @@ impl CachePlan {
     /// Plans the entries of `samples`. Opens no weight file whose digest the memo knows, and decodes nothing.
     ///
     /// # Errors
-    /// [`Error::Absent`] where the model has no text encoder, tokenizer or VAE, or an image cannot be read; [`Error::Config`] for hidden
+    /// [`Error::Absent`] where the model has no text encoder, tokenizer or VAE (weights that an earlier plan saw may be gone), or an image
+    /// cannot be read; [`Error::Config`] for hidden
     /// states that the encoder lacks; [`Error::Data`] for malformed model files.
     pub fn with_check(config: &Config, paths: &ModelPaths, samples: &[Sample], check: Check) -> Result<Self> {
         let text_encoder = component(paths.text_encoder.as_deref(), "text encoder", "model.text_encoder_path")?;
@@ -189,7 +193,10 @@ impl CachePlan {
         let folder = config.data.cache_dir.clone();
         let mut memo = Memo::open(&folder);
         let hidden_states = TextGeometry::read(text_encoder)?.hidden_states(config.model.text_hidden_states)?;
-        let ids = (memo.component(text_encoder)?, memo.tokenizer(tokenizer)?, memo.component(vae)?);
+        let mut records = Records::open(&folder);
+        let (text_id, text_there) = records.identify(&mut memo, text_encoder, "text encoder")?;
+        let (vae_id, vae_there) = records.identify(&mut memo, vae, "VAE")?;
+        let tokenizer_id = memo.tokenizer(tokenizer)?;
         let mut this = Self {
             folder,
             text: Vec::new(),
@@ -198,7 +205,8 @@ impl CachePlan {
             hidden_states,
             max_length: config.model.max_sequence_length,
             resolution: config.resolution,
-            identities: [ids.0, ids.1, ids.2],
+            identities: [text_id, tokenizer_id, vae_id],
+            weights_there: [text_there, vae_there],
             files_hashed: 0,
         };
         let (mut texts, mut latents) = (HashMap::new(), HashMap::new());
@@ -212,6 +220,7 @@ impl CachePlan {
             this.samples.push(PlannedSample { text, latent, repeats: sample.repeats });
         }
         memo.save();
+        records.save();
         this.files_hashed = memo.files_hashed;
         Ok(this)
     }

@@ -7,12 +7,12 @@
 
 use std::path::{Path, PathBuf};
 
-use serde::Deserialize;
+use serde::{Deserialize, Serialize};
 
 use crate::error::{Error, Result};
 
 /// Geometry of a Mistral text encoder (`spec/flux2.md` 2.3).
-#[derive(Debug, Clone, PartialEq)]
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
 pub struct TextGeometry {
     /// Layers in the checkpoint.
     pub layers: usize,
@@ -114,7 +114,8 @@ impl TextGeometry {
         Ok(this)
     }
 
-    fn check(&self) -> Result<()> {
+    /// Refuses sizes that no text encoder has.
+    pub(crate) fn check(&self) -> Result<()> {
         for (name, value, max) in [
             ("num_hidden_layers", self.layers, 1 << 12),
             ("hidden_size", self.hidden, 1 << 20),

@@ -12,6 +12,7 @@ use sha2::{Digest, Sha256};
 use xxhash_rust::xxh3::Xxh3;
 
 use super::strict_json;
+use super::text_encoder::TextSlabShape;
 use crate::error::{Error, Result};
 use crate::geometry::{LinearSpec, TransformerGeometry};
 
@@ -19,8 +20,8 @@ use crate::geometry::{LinearSpec, TransformerGeometry};
 pub const QUANT_VERSION: &str = "squareq_bp8_v2";
 /// Newest kernel ABI that we read, and the one that we write.
 pub const KERNEL_ABI_VERSION: u64 = 1;
-/// Version of the `serenity` additions that we write; newer ones are refused.
-pub const ADDITIONS_VERSION: u32 = 1;
+/// Newest version of the `serenity` additions that we read; newer ones are refused.
+pub const ADDITIONS_VERSION: u32 = 2;
 /// Largest manifest accepted.
 pub const MANIFEST_BYTES_MAX: u64 = 64 << 20;
 
@@ -104,12 +105,19 @@ pub struct ManifestLayer {
 /// What `serenity-slab` adds: everything needed to prove the files intact and to train from them alone.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
 pub struct Additions {
-    /// [`ADDITIONS_VERSION`].
+    /// 1 for a transformer, 2 for a text encoder ([`Component::format`]).
     pub format: u32,
+    /// What the slab is of; a transformer where nothing is said.
+    #[serde(default, skip_serializing_if = "Component::is_transformer")]
+    pub component: Component,
     /// XXH3-64 of the manifest's own text, with 16 zeros in the place of these digits. Any flipped bit of the manifest shows.
     pub manifest_xxh3: Hash,
-    /// Geometry of the transformer.
-    pub geometry: TransformerGeometry,
+    /// Geometry of the transformer, if it is one.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub geometry: Option<TransformerGeometry>,
+    /// Shape of the text encoder, if it is one.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub text_encoder: Option<TextSlabShape>,
     /// Length of the slab file.
     pub file_bytes: u64,
     /// XXH3-64 of the file's first bytes up to the payload (length prefix and header), 16 hex digits.
@@ -123,6 +131,32 @@ pub struct Additions {
     /// The companion file.
     #[serde(default)]
     pub companion: Option<Companion>,
+}
+
+/// What a slab is of.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum Component {
+    /// The FLUX.2 transformer.
+    #[default]
+    Transformer,
+    /// The Mistral text encoder ([`super::text_encoder`]).
+    TextEncoder,
+}
+
+impl Component {
+    fn is_transformer(&self) -> bool {
+        *self == Component::Transformer
+    }
+
+    /// Version of the additions that describe it: readers that know only transformers refuse the others.
+    #[must_use]
+    pub fn format(self) -> u32 {
+        match self {
+            Component::Transformer => 1,
+            Component::TextEncoder => 2,
+        }
+    }
 }
 
 /// The file with the tensors outside the block linears.
@@ -373,8 +407,18 @@ impl Additions {
                 self.page_bytes
             ));
         }
-        if let Err(e) = self.geometry.check() {
-            problems.push(format!("serenity.geometry: {e}"));
+        let checked = match (self.component, &self.geometry, &self.text_encoder) {
+            (Component::Transformer, Some(geometry), None) => geometry.check().map_err(|e| format!("geometry: {e}")),
+            (Component::TextEncoder, None, Some(shape)) => {
+                TextSlabShape::new(shape.geometry.clone(), shape.layers).map(drop).map_err(|e| format!("text_encoder: {e}"))
+            }
+            _ => Err("lacks a field or has one too many: a transformer has geometry, a text_encoder has text_encoder".into()),
+        };
+        if let Err(problem) = checked {
+            problems.push(format!("serenity.{problem}"));
+        }
+        if self.format < self.component.format() {
+            problems.push(format!("serenity.format is {}, which has no such component", self.format));
         }
         if let Some(companion) = &self.companion {
             let file = &companion.file;

@@ -16,6 +16,7 @@ pub mod pieces;
 pub mod quant;
 pub mod simd;
 mod strict_json;
+pub mod text_encoder;
 
 use std::collections::HashMap;
 use std::fs::File;
@@ -220,10 +221,19 @@ impl Slab {
         self.companion.as_deref()
     }
 
-    /// The geometry that the slab was built from, if it has our additions.
+    /// The geometry of the transformer that the slab was built from, if it has our additions.
     #[must_use]
     pub fn geometry(&self) -> Option<&TransformerGeometry> {
-        self.manifest.serenity.as_ref().map(|a| &a.geometry)
+        self.manifest.serenity.as_ref().and_then(|a| a.geometry.as_ref())
+    }
+
+    /// Whether training needs nothing but this slab of the transformer: it carries the geometry, and its companion lies beside it in the
+    /// stated length. The companion's content is checked when it is read.
+    #[must_use]
+    pub fn is_self_sufficient(&self) -> bool {
+        let stated = self.manifest.serenity.as_ref().and_then(|a| a.companion.as_ref());
+        let there = self.companion().zip(stated).map(|(path, stated)| std::fs::metadata(path).is_ok_and(|m| m.len() == stated.bytes));
+        self.geometry().is_some() && there == Some(true)
     }
 
     /// Checks that the slab holds every block linear of `geometry` in the right shape, and that its signature is that model's.
@@ -232,6 +242,9 @@ impl Slab {
     /// [`Error::Data`] listing the missing and misshapen linears, or both signatures.
     pub fn check_model(&self, geometry: &TransformerGeometry) -> Result<()> {
         let mut problems = Vec::new();
+        if self.manifest.serenity.as_ref().is_some_and(|a| a.component != manifest::Component::Transformer) {
+            problems.push("it is of a text encoder".into());
+        }
         for block in geometry.blocks() {
             for linear in geometry.block_linears(block) {
                 if let Err(problem) = self.layer_for(&linear) {

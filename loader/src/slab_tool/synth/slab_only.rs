@@ -11,6 +11,7 @@ use serenity_protocol::{Error, Result};
 use super::super::build;
 use super::super::companion::CompanionPlan;
 use super::super::files::{self, SlabFiles};
+use super::super::model::Model;
 use super::super::plan::{Content, SlabPlan};
 use super::super::produce::{Hashing, Product, produce};
 use super::super::progress::Progress;
@@ -39,8 +40,9 @@ pub fn synth_slab(preset: Preset, prefix: &Path, seed: u64, process: &Process) -
 /// As [`synth_slab`].
 pub fn synth_slab_with(preset: Preset, prefix: &Path, seed: u64, division: Division, process: &Process) -> Result<(SlabFiles, u64)> {
     let geometry = preset.transformer();
-    let plan = SlabPlan::new(&geometry, 64, false)?;
-    let others = CompanionPlan::new(&geometry)?;
+    let model = Model::Transformer(geometry.clone());
+    let plan = SlabPlan::of(&model, 64, false)?;
+    let others = CompanionPlan::new(&model)?;
     let files = SlabFiles::of(prefix)?;
     std::fs::create_dir_all(files.folder()).map_err(|e| Error::io("cannot create the output folder", files.folder(), e))?;
     let _lock = files::lock(&files)?;
@@ -64,7 +66,7 @@ pub fn synth_slab_with(preset: Preset, prefix: &Path, seed: u64, division: Divis
         return Err(Error::invariant("two files were written and their hashes are not there"));
     };
     let companion = others.manifest_entry(&files.companion, of_companion)?;
-    let manifest = build::assemble(&geometry, None, &plan, page_bytes, hashes, companion);
+    let manifest = build::assemble(&model, None, &plan, page_bytes, hashes, companion);
     files::finish(&files, &manifest)?;
     Ok((files, total))
 }
