@@ -49,7 +49,7 @@ fn a_text_encoders_slab_holds_its_rows_and_says_what_it_is() {
     let mut end = 0;
     for layer in 0..shape.layers {
         let run = text.layer_bytes(layer).unwrap();
-        assert!(run.start >= end && run.start % 4096 == 0);
+        assert!(run.start >= end && run.start.is_multiple_of(4096));
         end = run.end;
         let linears = text.layer(layer).unwrap();
         assert_eq!(linears.len(), LAYER_LINEARS.len());
