@@ -1,6 +1,6 @@
 //! Writes planned safetensors files whose every byte can be drawn by itself, on all cores.
 //!
-//! Threads take units ([`super::units`]), draw their bytes, hash them while they are in the core's cache and write them in place. The page
+//! Threads take units (the module `units`), draw their bytes, hash them while they are in the core's cache and write them in place. The page
 //! that ends a unit reaches into the next one: both draw those bytes, the one that owns the page writes it. So all writes are whole
 //! pages (past the page cache where the file system can), no thread waits for another, and the bytes are the same with any number
 //! of threads.

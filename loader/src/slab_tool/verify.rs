@@ -1,6 +1,6 @@
 //! Proves a slab intact, or says which tensor of which file is not, and where.
 //!
-//! Threads take runs of whole tensors, the largest first ([`super::units`]), and read them once, past the page cache, in pieces that stay in
+//! Threads take runs of whole tensors, the largest first (the module `units`), and read them once, past the page cache, in pieces that stay in
 //! a core's cache while three things are done with them: the hash of the page, the running hash of the tensor, and a look for codes
 //! that no builder writes. A page hash pins a flaw to a page, a tensor hash to a tensor; their intersection is what is reported. The
 //! companion has one hash over the whole file and is one thread's work. Slabs without our additions have no hashes: for them the
