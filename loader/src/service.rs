@@ -18,6 +18,7 @@ use serenity_protocol::faults::point;
 use serenity_protocol::geometry::{BlockId, TransformerGeometry};
 use serenity_protocol::message::FromChild;
 use serenity_protocol::process::Process;
+use serenity_protocol::ring::pages;
 use serenity_protocol::ring::plan::RingPlan;
 use serenity_protocol::ring::producer::{Action, Job, Producer};
 use serenity_protocol::ring::segment::{RingRole, Segment};
@@ -155,6 +156,9 @@ pub fn run(config: &Config, slab: &Slab, geometry: &TransformerGeometry, process
 /// # Errors
 /// As [`run`].
 pub fn serve_segment(plan: &RingPlan, slab: &Slab, geometry: &TransformerGeometry, segment: &Segment, process: &Process) -> Result<()> {
+    let mapping = Instant::now();
+    let huge = pages::populate(segment, pages::Access::Write);
+    tracing::info!(huge_mib = huge >> 20, "ring mapped in {:.2} s", mapping.elapsed().as_secs_f64());
     let file = SlabFile::open(slab)?;
     let mut reader = Reader::new(file.clone());
     let filler = Filler::new(slab, geometry, plan.layout.clone(), &mut reader)?;

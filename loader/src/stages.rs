@@ -31,6 +31,7 @@ pub const STAGES: [(Stage, &str); 5] = [
 ];
 
 static NANOSECONDS: [AtomicU64; STAGES.len()] = [const { AtomicU64::new(0) }; STAGES.len()];
+static READ_BYTES: AtomicU64 = AtomicU64::new(0);
 static FILLS: Histogram = Histogram::new();
 
 /// Adds to a stage.
@@ -52,6 +53,19 @@ pub fn timed<R>(stage: Stage, f: impl FnOnce() -> R) -> R {
 pub fn seconds() -> [f64; STAGES.len()] {
     // Relaxed: see the module's head.
     std::array::from_fn(|i| NANOSECONDS[i].load(Ordering::Relaxed) as f64 / 1e9)
+}
+
+/// Counts bytes that were read from the slab.
+pub fn add_read(bytes: u64) {
+    // Relaxed: see the module's head.
+    READ_BYTES.fetch_add(bytes, Ordering::Relaxed);
+}
+
+/// Bytes read from slabs so far.
+#[must_use]
+pub fn read_bytes() -> u64 {
+    // Relaxed: see the module's head.
+    READ_BYTES.load(Ordering::Relaxed)
 }
 
 /// Times from a slot's claim to its chunk being whole.

@@ -39,7 +39,7 @@ fn check_trace(text: &str) {
         .map(|e| (e["pid"].as_u64().unwrap(), e["args"]["name"].as_str().unwrap().to_string()))
         .collect();
     let pid_of = |name: &str| named.iter().find(|(_, n)| n.contains(name)).unwrap_or_else(|| panic!("no {name} among {named:?}")).0;
-    let fills = spans(events, pid_of("loader"), &["read", "dequantise"]);
+    let fills = spans(events, pid_of("loader"), &["read", "fill"]);
     let computes = spans(events, pid_of("trainer"), &["block forward", "block backward"]);
     assert!(fills.len() > 10 && computes.len() > 100, "{} fills, {} block visits", fills.len(), computes.len());
     assert!(!spans(events, pid_of("encoder"), &["encode layer"]).is_empty());

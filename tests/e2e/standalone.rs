@@ -18,7 +18,7 @@ fn loader_and_trainer_started_by_hand_train_like_the_launcher() {
     loader.wait().expect(0);
     assert!(lab.lora("by-hand") == lab.lora("launched"));
     lab.assert_nothing_left();
-    for (trace, span) in traces.iter().zip(["dequantise", "block forward"]) {
+    for (trace, span) in traces.iter().zip(["fill", "block forward"]) {
         let text = std::fs::read_to_string(trace).unwrap();
         let _: Value = serde_json::from_str(&text).unwrap_or_else(|e| panic!("{}: {e}", trace.display()));
         assert!(text.contains(span), "{} has no span '{span}'", trace.display());

@@ -56,9 +56,21 @@ struct BenchArgs {
     /// MiB of the ring
     #[arg(long, default_value_t = 1024.0)]
     pool_mb: f64,
-    /// Passes over the model
+    /// Passes over the model in which the consumer compares checksums
     #[arg(long, default_value_t = 4)]
     passes: usize,
+    /// Passes more in which it does not: what the loader delivers by itself
+    #[arg(long, default_value_t = 2)]
+    delivery_passes: usize,
+    /// Compare checksums in no pass
+    #[arg(long)]
+    no_verify: bool,
+    /// Seconds to look at a full ring that nobody reads, and as long at an empty one; 0 leaves it out
+    #[arg(long, default_value_t = 3.0)]
+    idle_seconds: f64,
+    /// Threads; 0 takes one for each processor
+    #[arg(long, default_value_t = 0)]
+    threads: usize,
     /// One JSON object on standard output
     #[arg(long)]
     json: bool,
@@ -108,35 +120,68 @@ fn run_bench(args: &BenchArgs) -> Result<()> {
         (None, None) => return Err(no_model()),
     };
     let mib = |mb: f64| ((mb * 1_048_576.0) as u64 / 4096 * 4096).max(4096);
+    if !args.idle_seconds.is_finite() || args.idle_seconds < 0.0 {
+        return Err(Error::config("--idle-seconds is no length of time").found(args.idle_seconds));
+    }
+    rayon::ThreadPoolBuilder::new()
+        .num_threads(args.threads)
+        .build_global()
+        .map_err(|e| Error::absent("cannot start the threads").cause(e))?;
     let options = bench::BenchOptions {
         form: if args.dequant == "cpu" { PayloadForm::Bf16 } else { PayloadForm::Int8 },
         chunk_bytes: mib(args.chunk_mb),
         pool_bytes: mib(args.pool_mb),
         passes: args.passes.max(1),
+        verify: !args.no_verify,
+        delivery_passes: args.delivery_passes,
+        idle: std::time::Duration::from_secs_f64(args.idle_seconds),
     };
     let report = bench::run(&slab, &geometry, &options)?;
     if args.json {
         println!("{}", serde_json::to_string(&report).map_err(|e| Error::invariant("the report does not serialise").cause(e))?);
-        return Ok(());
+    } else {
+        show(&report);
     }
+    Ok(())
+}
+
+fn show(report: &bench::BenchReport) {
     let gb = |rate: f64| format!("{:.2} GB/s", rate / 1e9);
     println!(
-        "form {}, {} slots of {:.1} MiB, {} reads",
+        "form {}, {} threads, {} slots of {:.1} MiB, {} reads",
         report.form,
+        report.threads,
         report.slots,
         report.chunk_bytes as f64 / 1_048_576.0,
         if report.direct { "direct" } else { "cached" }
     );
-    println!("limits      plain read {}, memcpy {}", gb(report.limit_read_rate), gb(report.limit_memcpy_rate));
-    println!(
-        "first pass  slab {}, payload {}, {:.2} of the plain read",
-        gb(report.first_pass_read_rate),
-        gb(report.first_pass_payload_rate),
-        report.ratio_to_read_limit
-    );
-    println!("later       payload {} (median; retained chunks are not read)", gb(report.later_pass_payload_rate));
-    println!("consumer waited {:.3} s of {:.3} s", report.consumer_wait_seconds, report.pass_seconds.iter().sum::<f64>());
-    Ok(())
+    let (read, memcpy) = (report.limit_read, report.limit_memcpy_rate);
+    println!("limits      plain read {} by {} threads, memcpy {}", gb(read.rate), read.threads, gb(memcpy));
+    for (i, pass) in report.passes.iter().enumerate() {
+        println!(
+            "pass {:<2} {}  payload {}, slab {}, waited {:.3} s of {:.3} s, {:.2} s of processors",
+            i + 1,
+            if pass.verified { "verified " } else { "delivered" },
+            gb(pass.payload_rate),
+            gb(pass.read_rate),
+            pass.wait_seconds,
+            pass.seconds,
+            pass.cpu_seconds
+        );
+        if pass.fill.count > 0 {
+            let total: f64 = pass.stages.iter().map(|s| s.1).sum();
+            let shares: Vec<String> = pass.stages.iter().map(|(name, s)| format!("{name} {s:.3} s ({:.0} %)", s / total * 100.0)).collect();
+            println!("         {}; verifying {:.3} s", shares.join(", "), pass.verify_seconds);
+            let ms = |q: &serenity_loader::stages::Quantiles| format!("{:.2} {:.2} {:.2} {:.2}", q.p50_ms, q.p90_ms, q.p99_ms, q.max_ms);
+            println!("         ms p50 p90 p99 max: fill {}, wait {}", ms(&pass.fill), ms(&pass.wait));
+        }
+    }
+    println!("first pass  {:.3} of the plain read, {:.3} of the memory limit", report.ratio_to_read_limit, report.ratio_to_memory_limit);
+    let rate = |rate: Option<f64>| rate.map_or("not measured".to_string(), gb);
+    println!("later       verified {}, delivered {}", rate(report.later_verified_rate), rate(report.later_delivery_rate));
+    if let (Some(full), Some(empty)) = (report.idle_full, report.idle_empty) {
+        println!("idle        {:.2} % of a core with the ring full, {:.2} % with it empty", full * 100.0, empty * 100.0);
+    }
 }
 
 fn geometry_of_model(slab: &Slab, model: &str) -> Result<TransformerGeometry> {

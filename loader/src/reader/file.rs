@@ -14,7 +14,7 @@ use serenity_protocol::{Error, Result};
 
 use super::uring::ReadOp;
 use super::{ALIGN, READ_BYTES_MAX, page_pieces};
-use crate::stages::{Stage, timed};
+use crate::stages::{self, Stage, timed};
 
 /// Pages kept because the next chunk needs their other part.
 const KEPT_PAGES: usize = 24;
@@ -95,6 +95,12 @@ impl SlabFile {
     pub fn read_bytes(&self) -> u64 {
         // Relaxed: a statistic.
         self.read_bytes.load(Ordering::Relaxed)
+    }
+
+    pub(super) fn count(&self, bytes: u64) {
+        // Relaxed: a statistic.
+        self.read_bytes.fetch_add(bytes, Ordering::Relaxed);
+        stages::add_read(bytes);
     }
 
     /// Whether reads bypass the page cache.

@@ -12,12 +12,12 @@
 
 mod aligned;
 mod file;
+mod limit;
 mod pread;
 mod uring;
 
 use std::cell::RefCell;
 use std::ops::Range;
-use std::sync::atomic::Ordering;
 use std::sync::mpsc::{Sender, channel};
 use std::sync::{Arc, Mutex};
 use std::time::Instant;
@@ -28,6 +28,7 @@ use uring::{Buffer, Uring};
 
 pub use aligned::{ALIGN, AlignedBuffer};
 pub use file::SlabFile;
+pub use limit::{PlainRead, plain_read};
 
 use crate::faults;
 use crate::stages::{self, Stage, timed};
@@ -234,8 +235,7 @@ impl SlabFile {
     fn visit<T>(&self, mut visit: Visit<'_, T>, each: &impl for<'v> Fn(Visit<'v, T>, Page<'_>) -> Result<()>) -> Result<()> {
         let range = self.page_range(visit.page);
         let op = self.op(&range);
-        // Relaxed: a statistic.
-        self.read_bytes.fetch_add(op.expected as u64, Ordering::Relaxed);
+        self.count(op.expected as u64);
         if let Some(target) = visit.target.as_deref_mut().filter(|t| !self.direct && t.len() == op.expected) {
             timed(Stage::Read, || pread::read(&self.file, op, target)).map_err(|e| self.failure(e))?;
             let hash = self.check_page(visit.page, target)?;
@@ -303,8 +303,7 @@ fn stream<T: Send>(
                     break;
                 };
                 let range = run_range(slab, &run);
-                // Relaxed: a statistic.
-                slab.read_bytes.fetch_add(range.end - range.start, Ordering::Relaxed);
+                slab.count(range.end - range.start);
                 pending[buffer.index()] = Some(run);
                 ring.submit(&slab.file, slab.op(&range), buffer);
             }

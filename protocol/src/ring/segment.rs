@@ -7,7 +7,7 @@
 //! Roles are open-file-description locks on bytes of the segment file: byte 0 loader, byte 1 consumer, byte 2 shared by everyone
 //! attached. The kernel drops them exactly when the process is gone, so a lock that can be taken is proof of death.
 //!
-//! This is the one file of the crate with unsafe code: the mapped words and payload slices.
+//! The mapped words and payload slices are here; advice about the memory is in [`super::pages`].
 
 use std::fs::File;
 use std::os::fd::AsFd;

@@ -36,6 +36,7 @@ pub mod inputs;
 pub mod linear;
 mod passes;
 pub mod plan;
+pub mod rates;
 pub mod single;
 pub mod step;
 pub mod tiles;
