@@ -5,7 +5,7 @@
 //! thread's cache. A slab without page hashes (the original builder's) gets them at first sight: a page that later reads differently
 //! is reported instead of trained on.
 //!
-//! Two ways in. Of a disk, the calling thread keeps a deep queue of direct reads ([`uring`]) and rayon's threads work on what has arrived.
+//! Two ways in. Of a disk, the calling thread keeps a deep queue of direct reads (`uring`) and rayon's threads work on what has arrived.
 //! Of a memory file system there is nothing to wait for: rayon's threads copy the pages themselves. Direct reads go into this process's
 //! own memory, never into a ring slot, because a dying loader's reads can land after its successor has taken over; a copy that the
 //! calling thread makes ends with that thread, and may.
