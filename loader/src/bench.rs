@@ -123,6 +123,8 @@ pub fn run(slab: &Slab, geometry: &TransformerGeometry, options: &BenchOptions) 
     let limit_read = plain_read(&file, PLAIN_READ_PATIENCE)?;
     let limit_memcpy_rate = memcpy_rate();
     let segment = Segment::open_or_create(&plan.spec)?;
+    // Memory that was never touched is the machine's affair and not the loader's.
+    pages::populate(&segment, pages::Access::Write, || false);
     let process = Process::detached(Role::Loader);
     let outcome = std::thread::scope(|scope| {
         let service = std::thread::Builder::new()
@@ -193,7 +195,7 @@ fn consume(plan: &RingPlan, geometry: &TransformerGeometry, options: &BenchOptio
     };
     segment.sign(RingRole::Consumer);
     // As a trainer does when it registers the ring with its device.
-    pages::populate(&segment, pages::Access::Read);
+    pages::populate(&segment, pages::Access::Read, || false);
     let ring = Consumer::attach(segment.clone(), segment.shape(), plan.catalogue()?)?;
     let mut null = Null { plan, segment, ring, waits: Histogram::new(), waited: Duration::ZERO, verified: Duration::ZERO };
     let forward: Vec<u16> = geometry.blocks().map(|b| b.0).collect();

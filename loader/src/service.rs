@@ -156,9 +156,6 @@ pub fn run(config: &Config, slab: &Slab, geometry: &TransformerGeometry, process
 /// # Errors
 /// As [`run`].
 pub fn serve_segment(plan: &RingPlan, slab: &Slab, geometry: &TransformerGeometry, segment: &Segment, process: &Process) -> Result<()> {
-    let mapping = Instant::now();
-    let huge = pages::populate(segment, pages::Access::Write);
-    tracing::info!(huge_mib = huge >> 20, "ring mapped in {:.2} s", mapping.elapsed().as_secs_f64());
     let file = SlabFile::open(slab)?;
     let mut reader = Reader::new(file.clone());
     let filler = Filler::new(slab, geometry, plan.layout.clone(), &mut reader)?;
@@ -198,6 +195,10 @@ pub fn serve_segment(plan: &RingPlan, slab: &Slab, geometry: &TransformerGeometr
         std::thread::Builder::new()
             .name("check-rest".into())
             .spawn_scoped(scope, move || {
+                // Relaxed: lone flags, looked at between steps. A fill that comes first maps its slot by itself.
+                let stop = || process.stop_requested() || shared_ref.over.load(Ordering::Relaxed);
+                let huge = pages::populate(&shared_ref.segment, pages::Access::Write, stop);
+                tracing::info!(huge_mib = huge >> 20, "ring mapped");
                 if let Err(error) = shared_ref.check_rest(process) {
                     shared_ref.fail(error);
                 }

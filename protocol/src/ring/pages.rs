@@ -1,11 +1,11 @@
 //! Advice to the kernel about the ring's memory: mapped ahead of time, in huge pages where they are to be had.
 //!
 //! The segment's memory is reserved when it is made, but every process maps it page by page as it touches it: with 4 KiB pages that is a
-//! fault for each, which holds a fill to a few GB/s a core during the first pass. [`populate`] maps everything at once, on all cores.
+//! fault for each, which holds a fill to a few GB/s a core during the first pass. [`populate`] maps it step by step, slot after slot, in a
+//! thread of its own: memory that the machine has never touched costs seconds for each GiB in a virtual machine, and no start waits for it.
 //! /dev/shm gives huge pages only if it is mounted with `huge=`; the advice is given all the same and what came of it is returned.
 //! Content is never changed. Failure: a kernel without the advice (before 5.14) faults page by page as before.
 
-use rayon::prelude::*;
 use rustix::mm::{Advice, madvise};
 
 use super::segment::Segment;
@@ -22,15 +22,17 @@ pub enum Access {
     Read,
 }
 
-/// Maps the payload area into this process, by all of rayon's threads, and returns how many of its bytes lie in huge pages.
-pub fn populate(segment: &Segment, access: Access) -> u64 {
+/// Maps the payload area into this process, until all is mapped or `stop` says so, and returns how many of its bytes lie in huge pages.
+pub fn populate(segment: &Segment, access: Access, stop: impl Fn() -> bool) -> u64 {
     let (base, bytes) = segment.payload_area();
     advise(segment, 0, bytes, Advice::LinuxHugepage);
     let how = match access {
         Access::Write => Advice::LinuxPopulateWrite,
         Access::Read => Advice::LinuxPopulateRead,
     };
-    (0..bytes.div_ceil(STEP)).into_par_iter().for_each(|i| advise(segment, i * STEP, STEP.min(bytes - i * STEP), how));
+    for at in (0..bytes).step_by(STEP).take_while(|_| !stop()) {
+        advise(segment, at, STEP.min(bytes - at), how);
+    }
     huge_bytes(base as u64)
 }
 
