@@ -71,10 +71,11 @@ fn every_module_says_what_it_is() {
 #[test]
 fn unsafe_code_lives_in_few_files() {
     // Each of these says why at its head; a new one needs a reason as good.
-    const ALLOWED: [&str; 17] = [
+    const ALLOWED: [&str; 18] = [
         "protocol/src/checkpoint.rs",
         "protocol/src/slab/simd.rs",
         "protocol/src/ring/pages.rs",
+        "protocol/src/ring/guard.rs",
         "protocol/src/ring/segment.rs",
         "loader/src/reader/uring.rs",
         "loader/src/service.rs",

@@ -8,6 +8,7 @@
 //! its successor, who may take the role only when the kernel has dropped the dead one's lock.
 
 pub mod consumer;
+mod guard;
 pub mod pages;
 pub mod plan;
 pub mod producer;

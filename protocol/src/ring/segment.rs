@@ -22,6 +22,7 @@ use nix::libc;
 use rustix::thread::futex;
 use shared_memory::{Shmem, ShmemConf};
 
+use super::guard::Guarded;
 use super::words::{
     ENDIAN_TAG, LAYOUT_VERSION, MAGIC, READY_TAG, REQUEST_CAPACITY, SLOTS_MAX, Shape, SlotWord, State, Words, checksum, header, slot,
 };
@@ -138,6 +139,8 @@ pub struct Segment {
 }
 
 struct Mapping {
+    /// Before the mapping: what is unmapped is not ours any more.
+    _guarded: Guarded,
     shmem: Shmem,
     /// Carries the locks of this process; its own open file description.
     file: File,
@@ -321,7 +324,8 @@ impl Segment {
         if !lock(&file, ATTACHED_BYTE, libc::F_RDLCK)? {
             return Err(Error::try_again("the ring is being removed by another process").at(spec.path()));
         }
-        Ok(Self { inner: Arc::new(Mapping { shmem, file, spec: spec.clone(), shape, payload_at }) })
+        let guarded = Guarded::new(shmem.as_ptr(), shmem.len())?;
+        Ok(Self { inner: Arc::new(Mapping { _guarded: guarded, shmem, file, spec: spec.clone(), shape, payload_at }) })
     }
 
     /// Unlinks a segment that cannot serve, if nobody is attached to it.
