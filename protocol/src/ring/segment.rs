@@ -56,7 +56,9 @@ pub struct RingSpec {
 }
 
 impl RingSpec {
-    fn shape(&self) -> Shape {
+    /// Where words are in a segment of this specification.
+    #[must_use]
+    pub fn shape(&self) -> Shape {
         Shape { slots: self.slots, requests: REQUEST_CAPACITY }
     }
 
@@ -514,10 +516,14 @@ fn would_lock(file: &File, byte: i64) -> bool {
 }
 
 fn busy(path: &Path, role: RingRole, file: &File) -> Error {
-    let mut word = [0u8; 8];
-    let read = std::os::unix::fs::FileExt::read_exact_at(file, &mut word, role.pid_word() as u64 * 8);
-    let holder = match read {
-        Ok(()) if u64::from_le_bytes(word) != 0 => format!("process {}", u64::from_le_bytes(word)),
+    let word = |index: usize| {
+        let mut word = [0u8; 8];
+        std::os::unix::fs::FileExt::read_exact_at(file, &mut word, index as u64 * 8).map(|()| u64::from_ne_bytes(word)).ok()
+    };
+    // The words may be a dead holder's, and its number another process's by now: the start time tells.
+    let signed = word(role.pid_word()).zip(word(role.pid_word() + 1));
+    let holder = match signed {
+        Some((pid, start)) if pid != 0 && u32::try_from(pid).ok().and_then(start_time) == Some(start) => format!("process {pid}"),
         _ => "another process".to_string(),
     };
     let name = match role {
