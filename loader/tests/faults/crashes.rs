@@ -185,7 +185,7 @@ fn restart(lab: &Lab, watch: &Watch, faults: &str) -> (Running, Option<Duration>
 
 #[test]
 fn kills_at_every_point_and_at_random_moments_leave_every_byte_right() {
-    let kills = setting("SERENITY_LOADER_KILLS", 24);
+    let kills = setting("SERENITY_LOADER_KILLS", 40);
     let slowest_allowed = Duration::from_millis(setting("SERENITY_RESTART_MAX_MS", 30_000));
     let mut dice = Dice::new(setting("SERENITY_KILL_SEED", 1));
     let points: Vec<&str> = POINTS.into_iter().filter(|p| !OF_CREATION[1..].contains(p)).collect();

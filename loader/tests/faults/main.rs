@@ -28,7 +28,7 @@
 //! | F20 bit flip in a READY payload | `segments::f20_...`, e2e `f20_...` | read again by a new loader; found by the consumer (trainer: exit 70) |
 //! | F21 the wall clock jumps | `clocks::f21_...` | nothing changes |
 //!
-//! `SERENITY_LOADER_KILLS=N` sets the kills of the campaign (default 24; the acceptance run uses 200), `SERENITY_KILL_SEED=N` the moments,
+//! `SERENITY_LOADER_KILLS=N` sets the kills of the campaign (default 40, which is each point once; the acceptance run uses 200), `SERENITY_KILL_SEED=N` the moments,
 //! `SERENITY_RESTART_MAX_MS=N` the longest restart (default 30000, because a build machine may be busy; the acceptance run uses 2000),
 //! `SERENITY_STOP_SECONDS=N` how long F16 stops a process (default 3; the acceptance run uses 60).
 
