@@ -98,13 +98,18 @@ fn launch(cli: &Cli) -> Result<End> {
     merged.map(|_| end)
 }
 
-fn plan_and_run(cli: &Cli, config: Config, overrides: Overrides, traces: &mut Vec<PathBuf>) -> Result<End> {
+fn plan_and_run(cli: &Cli, mut config: Config, mut overrides: Overrides, traces: &mut Vec<PathBuf>) -> Result<End> {
     let mut display = Display::new(cli.json, config.log_every_steps);
     // A hub id that is not in the local cache; until the signal threads run, Ctrl-C ends the process and the next call goes on.
     if let Some(folders) = folders_needed(&config) {
         serenity_hub::ensure(&config.model.path, &folders, &Process::detached(Role::Slab))?;
     }
     let plan = plan(&config, &mut display)?;
+    if let Some(ring) = plan.memory.ring.as_ref().filter(|ring| ring.chosen) {
+        // Loader and trainer are told one size, whatever is free when they start or start again.
+        overrides.set.extend(ring.settings());
+        config = Config::load(&cli.config, &overrides)?;
+    }
     let mut launcher = Launcher::new(config, overrides, display, cli.trace.is_some())?;
     watch_signals(&launcher)?;
     let result = launcher.run(&plan);

@@ -9,6 +9,7 @@
 
 mod display;
 pub mod memory;
+mod pool;
 mod slab;
 
 use std::path::{Path, PathBuf};
@@ -28,6 +29,7 @@ use memory::product;
 
 pub use display::human_bytes;
 pub use memory::{Amount, MemoryPlan, RingMemory};
+pub use pool::PoolCost;
 pub use slab::{SlabPlan, SlabState, slab_suffices};
 
 /// Everything that is known before the run.

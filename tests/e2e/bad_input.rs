@@ -165,3 +165,16 @@ fn a_file_that_is_no_json_is_refused() {
     }
     lab.run("serenity-launch", &["no/such/config.json"]).says(&["no/such/config.json"]);
 }
+
+#[test]
+fn a_process_by_itself_cannot_choose_the_pool() {
+    let lab = Lab::new();
+    let config = lab.quick_config("run", 2, &json!({ "memory": { "stagehand": { "pinned_pool_mb": "auto" } } }));
+    lab.run("serenity-loader", &["--config", &config]).expect(64).says(&["pinned_pool_mb", "auto", "--set"]);
+    lab.run("serenity-trainer", &["--config", &config]).expect(64).says(&["pinned_pool_mb", "auto", "--set"]);
+}
+
+#[test]
+fn a_pool_that_is_no_size_is_named() {
+    refused(&json!({ "memory": { "stagehand": { "pinned_pool_mb": "all" } } }), 64, &["pinned_pool_mb", "auto", "all"]);
+}

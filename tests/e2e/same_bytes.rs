@@ -27,6 +27,7 @@ fn streamed_resident_every_form_pool_and_thread_count_give_the_same_lora() {
         ("two-slots", stagehand(json!({ "pinned_pool_mb": 0.5, "ring_chunk_mb": 0.25 }))),
         ("two-slots-int8", stagehand(json!({ "pinned_pool_mb": 0.5, "ring_chunk_mb": 0.25, "dequant": "gpu" }))),
         ("sixty-four-slots", stagehand(json!({ "pinned_pool_mb": 16, "ring_chunk_mb": 0.25 }))),
+        ("whatever-fits", stagehand(json!({ "pinned_pool_mb": "auto" }))),
         ("odd-chunks", stagehand(json!({ "pinned_pool_mb": 0.1171875, "ring_chunk_mb": 0.01171875 }))),
         ("one-loader-thread", stagehand(json!({ "loader_threads": 1 }))),
     ];

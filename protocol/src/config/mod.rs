@@ -139,9 +139,10 @@ pub enum PayloadForm {
 /// The StageHand keys.
 #[derive(Debug, Clone, PartialEq)]
 pub struct StagehandConfig {
-    /// Payload bytes of the ring (`pinned_pool_mb`), a multiple of `chunk_bytes`.
-    pub pool_bytes: u64,
-    /// Bytes of a slot (`ring_chunk_mb`, default 64 MiB), a multiple of 4096.
+    /// Payload bytes of the ring (`pinned_pool_mb`), a multiple of `chunk_bytes`; `None` (`auto`): the launcher chooses
+    /// ([`crate::plan`]) and tells its children.
+    pub pool_bytes: Option<u64>,
+    /// Bytes of a slot (`ring_chunk_mb`, default 64 MiB or an eighth of a small pool), a multiple of 4096.
     pub chunk_bytes: u64,
     /// Hard cap of the process's device memory in bytes; `None` (`auto`): what the device has free, less a margin.
     pub vram_high_bytes: Option<u64>,

@@ -160,7 +160,8 @@ pub(super) struct RawMemory {
 #[serde(deny_unknown_fields)]
 pub(super) struct RawStagehand {
     pub stagehand_enabled: Option<bool>,
-    pub pinned_pool_mb: Option<f64>,
+    /// A size or `auto`.
+    pub pinned_pool_mb: Option<serde_json::Value>,
     pub pinned_slab_mb: Option<f64>,
     pub ring_chunk_mb: Option<f64>,
     /// A size or `auto`.

@@ -74,7 +74,7 @@ fn the_case_study_loads_unchanged() {
         assert_eq!(config.memory.slab_path, Path::new("output/squareq_slabs/flux2dev_int8.safetensors"));
         assert_eq!(config.memory.manifest_path, Path::new("output/squareq_slabs/flux2dev_int8.manifest.json"));
         let s = &config.memory.stagehand;
-        assert_eq!((s.pool_bytes, s.chunk_bytes), (8192 << 20, 64 << 20));
+        assert_eq!((s.pool_bytes, s.chunk_bytes), (Some(8192 << 20), 64 << 20));
         assert_eq!((s.vram_high_bytes, s.vram_low_bytes), (Some(10_000 << 20), Some(6_000 << 20)));
         assert_eq!(s.pinned_slab_bytes, Some(2048 << 20));
         assert_eq!(s.form, PayloadForm::Int8);
@@ -287,12 +287,15 @@ fn the_ring_is_a_whole_number_of_slots_within_the_pool() {
         match ring(stagehand.clone()) {
             Ok(c) => {
                 let s = &c.memory.stagehand;
-                assert_eq!((s.pool_bytes, s.chunk_bytes), (pool, chunk), "{stagehand}");
+                assert_eq!((s.pool_bytes, s.chunk_bytes), (Some(pool), chunk), "{stagehand}");
                 assert_eq!(c.memory.strategy, MemoryStrategy::Stagehand);
             }
             Err(e) => assert!(chunk == 0 && e.exit_code() == 64, "{stagehand}: {e}"),
         }
     }
+    let auto = ring(json!({"pinned_pool_mb": "auto", "ring_chunk_mb": 2})).unwrap().memory.stagehand;
+    assert_eq!((auto.pool_bytes, auto.chunk_bytes), (None, 2 << 20));
+    assert!(refusal(ring(json!({"pinned_pool_mb": "all"}))).contains("auto"));
     assert!(refusal(ring(json!({"pinned_pool_mb": 8192, "pinned_slab_mb": 3000}))).contains("pinned_slab_mb"));
     assert!(refusal(ring(json!({"vram_high_watermark_mb": 1000, "vram_low_watermark_mb": 1000}))).contains("low_watermark"));
     assert!(refusal(ring(json!({"squareq_manifest_path": "m.json"}))).contains("squareq_manifest_path"));

@@ -527,15 +527,7 @@ fn stagehand(s: &RawStagehand, output_dir: &Path, device: DeviceKind, notices: &
 fn watermarks(s: &RawStagehand) -> Result<(Option<u64>, Option<u64>)> {
     const HIGH: &str = "memory.stagehand.vram_high_watermark_mb";
     const LOW: &str = "memory.stagehand.vram_low_watermark_mb";
-    let high = match &s.vram_high_watermark_mb {
-        None => Some(mebibytes(HIGH, 20_000.0)?),
-        Some(serde_json::Value::String(word)) if word == "auto" => None,
-        Some(value) => {
-            let number = value.as_f64();
-            let number = number.ok_or_else(|| Error::config(format!("`{HIGH}` is no size")).expected("MiB, or \"auto\"").found(value))?;
-            Some(mebibytes(HIGH, number)?)
-        }
-    };
+    let high = size_or_auto(HIGH, s.vram_high_watermark_mb.as_ref(), 20_000.0)?;
     let low = s.vram_low_watermark_mb.or(high.map(|h| 0.8 * h as f64 / MIB)).map(|mb| mebibytes(LOW, mb)).transpose()?;
     if let (Some(high), Some(low)) = (high, low)
         && low >= high
@@ -548,10 +540,16 @@ fn watermarks(s: &RawStagehand) -> Result<(Option<u64>, Option<u64>)> {
 }
 
 /// Payload bytes of the ring and of a slot. The pool is cut to a whole number of slots.
-fn pool(s: &RawStagehand, notices: &mut Vec<String>) -> Result<(u64, u64)> {
+fn pool(s: &RawStagehand, notices: &mut Vec<String>) -> Result<(Option<u64>, u64)> {
     const POOL: &str = "memory.stagehand.pinned_pool_mb";
     const CHUNK: &str = "memory.stagehand.ring_chunk_mb";
-    let pool = mebibytes(POOL, s.pinned_pool_mb.unwrap_or(8192.0))?;
+    let given = s.ring_chunk_mb.map(|mb| mebibytes(CHUNK, mb)).transpose()?;
+    if let Some(chunk) = given.filter(|c| !c.is_multiple_of(SLOT_ALIGN)) {
+        return Err(Error::config(format!("`{CHUNK}` must be a multiple of {SLOT_ALIGN} bytes")).found(format!("{chunk} bytes")));
+    }
+    let Some(pool) = size_or_auto(POOL, s.pinned_pool_mb.as_ref(), 8192.0)? else {
+        return Ok((None, given.unwrap_or(CHUNK_BYTES)));
+    };
     if let Some(slab_mb) = s.pinned_slab_mb {
         let slab = mebibytes("memory.stagehand.pinned_slab_mb", slab_mb)?;
         if !pool.is_multiple_of(slab) {
@@ -561,13 +559,7 @@ fn pool(s: &RawStagehand, notices: &mut Vec<String>) -> Result<(u64, u64)> {
                 .advice("remove pinned_slab_mb: ring_chunk_mb takes its place"));
         }
     }
-    let chunk = match s.ring_chunk_mb {
-        Some(mb) => mebibytes(CHUNK, mb)?,
-        None => CHUNK_BYTES.min((pool / SLOTS_WANTED / SLOT_ALIGN).max(1) * SLOT_ALIGN),
-    };
-    if !chunk.is_multiple_of(SLOT_ALIGN) {
-        return Err(Error::config(format!("`{CHUNK}` must be a multiple of {SLOT_ALIGN} bytes")).found(format!("{chunk} bytes")));
-    }
+    let chunk = given.unwrap_or(CHUNK_BYTES.min((pool / SLOTS_WANTED / SLOT_ALIGN).max(1) * SLOT_ALIGN));
     let slots = pool / chunk;
     if slots < 2 {
         return Err(Error::config(format!("`{POOL}` must hold at least two slots of ring_chunk_mb"))
@@ -585,7 +577,20 @@ fn pool(s: &RawStagehand, notices: &mut Vec<String>) -> Result<(u64, u64)> {
             slots * chunk
         ));
     }
-    Ok((slots * chunk, chunk))
+    Ok((Some(slots * chunk), chunk))
+}
+
+/// Bytes of a size in MiB; `None` for `auto`.
+fn size_or_auto(key: &str, value: Option<&serde_json::Value>, default_mb: f64) -> Result<Option<u64>> {
+    match value {
+        None => mebibytes(key, default_mb).map(Some),
+        Some(serde_json::Value::String(word)) if word == "auto" => Ok(None),
+        Some(value) => {
+            let number = value.as_f64();
+            let number = number.ok_or_else(|| Error::config(format!("`{key}` is no size")).expected("MiB, or \"auto\"").found(value))?;
+            mebibytes(key, number).map(Some)
+        }
+    }
 }
 
 /// Whole bytes of a size in MiB, up to 16 TiB.

@@ -46,7 +46,11 @@ impl Display for Plan {
         if let Some(ring) = &self.memory.ring {
             let (slots, chunk) = (ring.slots, human_bytes(ring.chunk_bytes));
             let size = format!("{} = {slots} slots of {chunk}", human_bytes(ring.bytes));
-            row("ring", format!("{size} carrying {}, {} free in /dev/shm", self.training.payload, human_bytes(ring.free_bytes)))?;
+            let chosen = if ring.chosen { ", chosen from what is free" } else { "" };
+            row("ring", format!("{size} carrying {}, {} free in /dev/shm{chosen}", self.training.payload, human_bytes(ring.free_bytes)))?;
+            for cost in &ring.costs {
+                row("", cost.to_string())?;
+            }
         }
         row("memory", amounts("trainer", &self.memory.trainer))?;
         if !self.memory.encoder.is_empty() {

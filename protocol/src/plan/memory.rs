@@ -16,17 +16,15 @@
 
 use serde::Serialize;
 
-use super::{CacheSummary, free_bytes, human_bytes};
+use super::{CacheSummary, human_bytes, pool};
 use crate::cache::text_model::TextGeometry;
 use crate::config::{ComputeDtype, Config, DeviceKind, MemoryStrategy};
 use crate::error::{Error, Result};
 use crate::geometry::{BlockId, TransformerGeometry};
 use crate::model_path::ModelPaths;
-use crate::ring;
-use crate::ring::segment::RingSpec;
 
 /// Where the ring's segment lives.
-const SHM: &str = "/dev/shm";
+pub(super) const SHM: &str = "/dev/shm";
 
 /// Predicted memory.
 #[derive(Debug, Serialize)]
@@ -59,6 +57,10 @@ pub struct RingMemory {
     pub chunk_bytes: u64,
     /// Bytes that /dev/shm has room for, what an earlier run of the same output folder left there included.
     pub free_bytes: u64,
+    /// Whether the size was chosen here (`auto`).
+    pub chosen: bool,
+    /// What this and other sizes cost.
+    pub costs: Vec<pool::PoolCost>,
 }
 
 /// Sum of `amounts`.
@@ -115,30 +117,14 @@ pub(super) fn predict(
     notices: &mut Vec<String>,
     problems: &mut Vec<Error>,
 ) -> Result<MemoryPlan> {
-    let ring = (config.memory.strategy == MemoryStrategy::Stagehand).then(|| ring_memory(config, geometry));
     let trainer = trainer(config, geometry, adapter_parameters);
+    let ring = (config.memory.strategy == MemoryStrategy::Stagehand).then(|| pool::ring_memory(config, geometry, total(&trainer)));
     let encoder = match &paths.text_encoder {
         Some(path) if !cache.is_complete() => encoder(config, &TextGeometry::read(path)?, cache),
         _ => Vec::new(),
     };
     check(config, ring.as_ref(), total(&trainer), notices, problems);
     Ok(MemoryPlan { ring, trainer, encoder })
-}
-
-fn ring_memory(config: &Config, geometry: &TransformerGeometry) -> RingMemory {
-    let s = &config.memory.stagehand;
-    let slots = s.pool_bytes / s.chunk_bytes;
-    let spec = RingSpec {
-        name: ring::name(config),
-        slots: slots as usize,
-        chunk_bytes: s.chunk_bytes,
-        signature: 0,
-        form: s.form,
-        blocks: geometry.num_blocks(),
-    };
-    let left_over = std::fs::metadata(spec.path()).map_or(0, |m| m.len());
-    let free = free_bytes(SHM.as_ref()).unwrap_or(0).saturating_add(left_over);
-    RingMemory { bytes: spec.bytes(), slots, chunk_bytes: s.chunk_bytes, free_bytes: free }
 }
 
 fn trainer(config: &Config, geometry: &TransformerGeometry, adapter_parameters: u64) -> Vec<Amount> {
@@ -203,7 +189,7 @@ fn check(config: &Config, ring: Option<&RingMemory>, trainer: u64, notices: &mut
 }
 
 /// `MemAvailable` of /proc/meminfo.
-fn available_memory() -> Option<u64> {
+pub(super) fn available_memory() -> Option<u64> {
     let text = std::fs::read_to_string("/proc/meminfo").ok()?;
     let line = text.lines().find_map(|l| l.strip_prefix("MemAvailable:"))?;
     line.split_whitespace().next()?.parse::<u64>().ok().map(|kib| kib * 1024)
@@ -275,7 +261,7 @@ mod tests {
     #[test]
     fn a_ring_larger_than_shared_memory_is_a_problem() {
         let (mut notices, mut problems) = (Vec::new(), Vec::new());
-        let ring = RingMemory { bytes: 1 << 40, slots: 2, chunk_bytes: 1 << 39, free_bytes: 1 << 30 };
+        let ring = RingMemory { bytes: 1 << 40, slots: 2, chunk_bytes: 1 << 39, free_bytes: 1 << 30, chosen: false, costs: Vec::new() };
         check(&config(""), Some(&ring), 0, &mut notices, &mut problems);
         assert!(matches!(problems.as_slice(), [e] if e.exit_code() == 75 && e.to_string().contains("pinned_pool_mb")));
     }

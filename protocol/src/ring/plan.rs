@@ -23,10 +23,17 @@ impl RingPlan {
     /// The plan of a configuration for an opened slab.
     ///
     /// # Errors
-    /// [`Error::Data`] if the slab is not of this model.
+    /// [`Error::Data`] if the slab is not of this model, [`Error::Config`] where the pool's size is still to be chosen (`auto`).
     pub fn new(config: &Config, slab: &Slab, geometry: &TransformerGeometry) -> Result<Self> {
         let stagehand = &config.memory.stagehand;
-        let slots = (stagehand.pool_bytes / stagehand.chunk_bytes) as usize;
+        let pool_bytes = stagehand.pool_bytes.ok_or_else(|| {
+            Error::config(
+                "`memory.stagehand.pinned_pool_mb` is \"auto\", which only serenity-launch can choose: both ends of the ring need one size",
+            )
+            .expected("a size in MiB")
+            .advice("start serenity-launch, or add --set memory.stagehand.pinned_pool_mb=SIZE to every process")
+        })?;
+        let slots = (pool_bytes / stagehand.chunk_bytes) as usize;
         Self::with(super::name(config), slab, geometry, stagehand.form, slots, stagehand.chunk_bytes)
     }
 
