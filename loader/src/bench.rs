@@ -193,7 +193,7 @@ fn consume(plan: &RingPlan, geometry: &TransformerGeometry, options: &BenchOptio
             None => std::thread::sleep(Duration::from_millis(1)),
         }
     };
-    segment.sign(RingRole::Consumer);
+    segment.sign(RingRole::Consumer(0));
     // As a trainer does when it registers the ring with its device.
     pages::populate(&segment, pages::Access::Read, || false);
     let ring = Consumer::attach(segment.clone(), segment.shape(), plan.catalogue()?)?;

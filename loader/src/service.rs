@@ -21,7 +21,7 @@ use serenity_protocol::process::Process;
 use serenity_protocol::ring::pages;
 use serenity_protocol::ring::plan::RingPlan;
 use serenity_protocol::ring::producer::{Action, Job, Producer};
-use serenity_protocol::ring::segment::{RingRole, Segment};
+use serenity_protocol::ring::segment::{RingRole, Segment, WAIT_MAX};
 use serenity_protocol::ring::words::{ChunkId, Descriptor, Words, consumer, loader};
 use serenity_protocol::slab::Slab;
 use serenity_protocol::slab::layout::SlabLayout;
@@ -36,6 +36,8 @@ use crate::stages::{Stage, timed};
 const WORKERS: usize = 3;
 /// How often the display hears from the ring.
 const REPORT_EVERY: Duration = Duration::from_secs(1);
+/// How often it looks whether a consumer has died: no longer than a wait.
+const FUNERALS_EVERY: Duration = WAIT_MAX;
 
 /// Shared between the service thread and its workers.
 struct Shared {
@@ -60,6 +62,22 @@ impl Shared {
         self.segment.wake(loader::WAKE);
     }
 
+    fn wake_consumer(&self, index: usize) {
+        self.segment.wake(self.segment.shape().at(index, consumer::WAKE));
+    }
+
+    /// Gives up consumers whose role lock the kernel has dropped: what they held would be missing to the others.
+    fn bury_the_dead(&self) -> Result<()> {
+        for index in 0..self.segment.shape().consumers {
+            // In this order: a successor takes the lock before it raises the epoch.
+            let epoch = self.producer()?.consumer_epoch(index);
+            if epoch != 0 && !self.segment.is_held(RingRole::Consumer(index)) && self.producer()?.bury(index, epoch)? {
+                tracing::info!("consumer {index} is gone; what it held and had asked for is given up");
+            }
+        }
+        Ok(())
+    }
+
     fn work(&self, jobs: &Mutex<Receiver<Job>>) {
         let mut reader = Reader::new(self.file.clone());
         loop {
@@ -71,7 +89,7 @@ impl Shared {
             match result {
                 Ok(()) => {
                     point("after-publish");
-                    self.segment.wake(consumer::WAKE);
+                    self.wake_consumer(job.consumer);
                     self.segment.wake(loader::WAKE);
                     point("after-wake");
                 }
@@ -122,7 +140,7 @@ impl Shared {
         if found == checksum {
             self.producer()?.publish(job, bytes, checksum)?;
             point("verified");
-            self.segment.wake(consumer::WAKE);
+            self.wake_consumer(job.consumer);
             return Ok(());
         }
         tracing::warn!(
@@ -212,7 +230,7 @@ pub fn serve_segment(plan: &RingPlan, slab: &Slab, geometry: &TransformerGeometr
     })
 }
 
-/// READY slots of an earlier loader whose bytes are damaged are freed before the consumer is told of us.
+/// What an earlier loader delivered is compared before anybody is told of us: damaged chunks are taken back, the others may be shared.
 fn recheck_ready(producer: &mut Producer<Segment>, segment: &Segment, layout: &SlabLayout) -> Result<()> {
     let intact = |slot: usize, bytes: u64, checksum: u64| {
         let Some(descriptor) = Descriptor::read(segment, segment.shape().slot(slot)) else { return false };
@@ -224,10 +242,13 @@ fn recheck_ready(producer: &mut Producer<Segment>, segment: &Segment, layout: &S
         let ChunkId { block, chunk } = descriptor.content;
         layout.payload_checksum(BlockId(block), u32::from(chunk), payload).is_ok_and(|found| found == checksum)
     };
-    let ready = producer.ready_slots()?;
-    let damaged: Vec<usize> =
-        ready.into_par_iter().filter(|(slot, bytes, checksum)| !intact(*slot, *bytes, *checksum)).map(|(slot, ..)| slot).collect();
-    for slot in damaged {
+    let checked: Vec<(usize, bool)> =
+        producer.ready_slots()?.into_par_iter().map(|(slot, bytes, checksum)| (slot, intact(slot, bytes, checksum))).collect();
+    for (slot, intact) in checked {
+        if intact {
+            producer.confirm(slot);
+            continue;
+        }
         tracing::warn!("a published chunk of an earlier loader is damaged and is read again (slot {slot})");
         producer.drop_ready(slot)?;
     }
@@ -235,7 +256,7 @@ fn recheck_ready(producer: &mut Producer<Segment>, segment: &Segment, layout: &S
 }
 
 fn serve(shared: &Shared, jobs: SyncSender<Job>, process: &Process) -> Result<()> {
-    let mut reported = Instant::now();
+    let (mut reported, mut buried) = (Instant::now(), None::<Instant>);
     let mut waiting: Option<tracing::span::EnteredSpan> = None;
     loop {
         let ticket = shared.segment.ticket(loader::WAKE);
@@ -243,8 +264,12 @@ fn serve(shared: &Shared, jobs: SyncSender<Job>, process: &Process) -> Result<()
         if let Some(error) = shared.failed.lock().ok().and_then(|mut f| f.take()) {
             return Err(error);
         }
-        if process.stop_requested() || consumer_finished(shared, process) {
+        if process.stop_requested() || consumers_finished(shared, process) {
             return Ok(());
+        }
+        if buried.is_none_or(|at| at.elapsed() >= FUNERALS_EVERY) {
+            buried = Some(Instant::now());
+            shared.bury_the_dead()?;
         }
         if reported.elapsed() >= REPORT_EVERY {
             reported = Instant::now();
@@ -260,9 +285,9 @@ fn serve(shared: &Shared, jobs: SyncSender<Job>, process: &Process) -> Result<()
                 waiting.get_or_insert_with(|| tracing::trace_span!("slot wait").entered());
                 shared.segment.wait(loader::WAKE, ticket);
             }
-            Action::Republished(_) => {
+            Action::Republished(job) => {
                 point("republished");
-                shared.segment.wake(consumer::WAKE);
+                shared.wake_consumer(job.consumer);
             }
             Action::Verify(job, checksum) => shared.verify(job, checksum)?,
             Action::Fill(job) => {
@@ -277,18 +302,20 @@ fn serve(shared: &Shared, jobs: SyncSender<Job>, process: &Process) -> Result<()
     }
 }
 
-/// Without a launcher, the loader goes when the consumer that it served says that it has finished.
-fn consumer_finished(shared: &Shared, process: &Process) -> bool {
+/// Without a launcher, the loader goes when every consumer that it makes room for has come and said that it has finished.
+fn consumers_finished(shared: &Shared, process: &Process) -> bool {
     if process.has_launcher() {
         return false;
     }
-    let words = shared.segment.words();
-    let finished = words.load(consumer::FINISHED);
-    finished != 0 && finished == words.load(consumer::POSTED) >> 48
+    let (words, shape) = (shared.segment.words(), shared.segment.shape());
+    (0..shape.consumers).all(|index| {
+        let finished = words.load(shape.at(index, consumer::FINISHED));
+        finished != 0 && finished == words.load(shape.at(index, consumer::POSTED)) >> 48
+    })
 }
 
 fn report(shared: &Shared, process: &Process) -> Result<()> {
-    let occupied = shared.producer()?.occupied()?;
+    let occupied = shared.producer()?.occupied();
     let read_bytes = shared.file.read_bytes();
     shared.segment.words().store(loader::READ_BYTES, read_bytes);
     process.send(&FromChild::Ring { occupied, slots: shared.segment.spec().slots as u32, read_bytes });

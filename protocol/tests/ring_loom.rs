@@ -4,7 +4,8 @@
 //!
 //! Two slots, four requests over three blocks, so that slots are overwritten and retained content is published again. The crash models
 //! end a role after its k-th operation, for every k, and let its successor attach while the other role runs.
-//! `SERENITY_LOOM_PREEMPTIONS` sets the bound (default 1, CI 3). The crash models, of which there
+//! `SERENITY_LOOM_PREEMPTIONS` sets the bound (default 1, CI 3). The model with two consumers has a bound of its own,
+//! `SERENITY_LOOM_SHARED_PREEMPTIONS` (default 1; 2 takes minutes). The crash models, of which there
 //! are more than a hundred, switch only where a role waits (`SERENITY_LOOM_DEATH_PREEMPTIONS`, default 0): cutting in between operations around a
 //! crash is the simulator's part. The core is generic over its memory, so it needs no build of its own.
 
@@ -17,9 +18,11 @@ use loom::sync::atomic::{AtomicU64, Ordering};
 use loom::thread;
 use serenity_protocol::ring::consumer::Consumer;
 use serenity_protocol::ring::producer::{Action, Catalogue, Producer};
-use serenity_protocol::ring::words::{ChunkId, Shape, SlotWord, State, Words, consumer, loader, slot};
+use serenity_protocol::ring::words::{ChunkId, Shape, Words, consumer, loader};
 
-const SHAPE: Shape = Shape { slots: 2, requests: 4 };
+const SHAPE: Shape = Shape { slots: 2, requests: 4, consumers: 1 };
+/// Two consumers, each with the one slot that is its part.
+const SHARED: Shape = Shape { slots: 3, requests: 2, consumers: 2 };
 /// More blocks than slots, and one that comes back.
 const ORDER: [u16; 4] = [0, 1, 2, 1];
 /// What the crash models ask for: each life of the consumer asks for it again.
@@ -27,6 +30,7 @@ const SHORT: [u16; 2] = [2, 0];
 
 /// Words as loom's atomics; only those that the state machines use exist.
 struct Shared {
+    shape: Shape,
     words: Vec<Option<AtomicU64>>,
     payload: Vec<UnsafeCell<u64>>,
 }
@@ -38,14 +42,20 @@ unsafe impl Sync for Shared {}
 unsafe impl Send for Shared {}
 
 impl Shared {
-    fn new() -> Arc<Self> {
-        let first = SHAPE.request(0);
-        let used = |i: usize| i >= first || [loader::EPOCH, consumer::POSTED, consumer::POSITION, consumer::FINISHED].contains(&i);
-        let free = SlotWord { state: State::Free, epoch: 0, generation: 0 }.pack();
-        let initial = |i: usize| if (0..SHAPE.slots).any(|s| SHAPE.slot(s) + slot::STATE == i) { free } else { 0 };
+    fn new(shape: Shape) -> Arc<Self> {
+        const LINE: [usize; 3] = [consumer::POSTED, consumer::POSITION, consumer::FINISHED];
+        let used = |i: usize| {
+            let line = (0..shape.consumers).any(|c| LINE.iter().any(|word| shape.at(c, *word) == i));
+            let queue = |c| (shape.request(c, 0)..=shape.share(c, shape.slots - 1)).contains(&i);
+            i == loader::EPOCH || line || (0..shape.consumers).any(queue) || i >= shape.slot(0)
+        };
+        let blank: Vec<PlainCount> = (0..shape.words()).map(|_| PlainCount::new(0)).collect();
+        shape.format(&blank[..]);
         Arc::new(Self {
-            words: (0..SHAPE.words()).map(|i| used(i).then(|| AtomicU64::new(initial(i)))).collect(),
-            payload: (0..SHAPE.slots).map(|_| UnsafeCell::new(0)).collect(),
+            shape,
+            // Relaxed: nobody else has seen it.
+            words: (0..shape.words()).map(|i| used(i).then(|| AtomicU64::new(blank[i].load(PlainOrdering::Relaxed)))).collect(),
+            payload: (0..shape.slots).map(|_| UnsafeCell::new(0)).collect(),
         })
     }
 
@@ -100,53 +110,70 @@ fn payload_of(content: ChunkId) -> u64 {
     content.pack() ^ 0x5555
 }
 
+fn all_finished(shared: &Arc<Shared>) -> bool {
+    // Acquire: pairs with the Release of `finish`.
+    (0..shared.shape.consumers).all(|c| shared.word(shared.shape.at(c, consumer::FINISHED)).load(Ordering::Acquire) != 0)
+}
+
+/// One thing that the loader does; false if there was nothing to do.
+fn serve(producer: &mut Producer<Memory>, shared: &Arc<Shared>) -> bool {
+    match producer.next_action().unwrap() {
+        Action::Wait => return false,
+        Action::Republished(_) => {}
+        Action::Fill(job) => {
+            // SAFETY: the slot is FILLING and ours; loom fails the model if anyone else touches the cell.
+            shared.payload[job.slot].with_mut(|p| unsafe { *p = payload_of(job.content) });
+            producer.publish(job, 8, payload_of(job.content)).unwrap();
+        }
+        Action::Verify(job, checksum) => {
+            // SAFETY: as above.
+            let found = shared.payload[job.slot].with(|p| unsafe { *p });
+            assert_eq!(found, checksum, "retained bytes are what the descriptor says");
+            producer.publish(job, 8, checksum).unwrap();
+        }
+    }
+    true
+}
+
 /// A loader's life from here on: serves until everything that was asked for is published.
 fn load(mut producer: Producer<Memory>, shared: &Arc<Shared>) {
     loop {
-        match producer.next_action().unwrap() {
-            // The position is that of the consumer, which has finished when it is beyond the last request.
-            Action::Wait if shared.word(consumer::FINISHED).load(Ordering::Acquire) != 0 => return,
-            Action::Wait => thread::yield_now(),
-            Action::Republished(_) => {}
-            Action::Fill(job) => {
-                // SAFETY: the slot is FILLING and ours; loom fails the model if anyone else touches the cell.
-                shared.payload[job.slot].with_mut(|p| unsafe { *p = payload_of(job.content) });
-                producer.publish(job, 8, payload_of(job.content)).unwrap();
+        if !serve(&mut producer, shared) {
+            if all_finished(shared) {
+                return;
             }
-            Action::Verify(job, checksum) => {
-                // SAFETY: as above.
-                let found = shared.payload[job.slot].with(|p| unsafe { *p });
-                assert_eq!(found, checksum, "retained bytes are what the descriptor says");
-                producer.publish(job, 8, checksum).unwrap();
-            }
+            thread::yield_now();
         }
     }
 }
 
+/// Takes a chunk, waits for it if need be, looks at it, and gives it back.
+fn take(ring: &mut Consumer<Memory>, shared: &Arc<Shared>, block: u16) {
+    let lease = loop {
+        match ring.try_lease().unwrap() {
+            Some(lease) => break lease,
+            None => thread::yield_now(),
+        }
+    };
+    assert_eq!(lease.content, ChunkId { block, chunk: 0 });
+    // SAFETY: the slot is leased; loom fails the model if it is being written.
+    let found = shared.payload[lease.slot].with(|p| unsafe { *p });
+    assert_eq!((found, lease.checksum), (payload_of(lease.content), payload_of(lease.content)));
+    ring.release(&lease).unwrap();
+}
+
 /// A consumer's life from here on: takes the whole order and says that it has finished.
 fn consume(mut ring: Consumer<Memory>, shared: &Arc<Shared>, order: &[u16]) {
-    for &block in order {
-        let lease = loop {
-            match ring.try_lease().unwrap() {
-                Some(lease) => break lease,
-                None => thread::yield_now(),
-            }
-        };
-        assert_eq!(lease.content, ChunkId { block, chunk: 0 });
-        // SAFETY: the slot is leased; loom fails the model if it is being written.
-        let found = shared.payload[lease.slot].with(|p| unsafe { *p });
-        assert_eq!((found, lease.checksum), (payload_of(lease.content), payload_of(lease.content)));
-        ring.release(&lease).unwrap();
-    }
+    order.iter().for_each(|block| take(&mut ring, shared, *block));
     ring.finish();
 }
 
 fn loader_end(shared: &Arc<Shared>, left: &Left) -> Producer<Memory> {
-    Producer::attach(Memory { shared: shared.clone(), left: left.clone() }, SHAPE, catalogue()).unwrap()
+    Producer::attach(Memory { shared: shared.clone(), left: left.clone() }, shared.shape, catalogue()).unwrap()
 }
 
-fn consumer_end(shared: &Arc<Shared>, left: &Left, order: &[u16]) -> Consumer<Memory> {
-    let mut ring = Consumer::attach(Memory { shared: shared.clone(), left: left.clone() }, SHAPE, catalogue()).unwrap();
+fn consumer_end(shared: &Arc<Shared>, left: &Left, index: usize, order: &[u16]) -> Consumer<Memory> {
+    let mut ring = Consumer::attach_as(Memory { shared: shared.clone(), left: left.clone() }, shared.shape, catalogue(), index).unwrap();
     assert_eq!(ring.post(order).unwrap(), order.len());
     ring
 }
@@ -168,14 +195,42 @@ enum Death {
     Consumer(u64),
 }
 
+fn whole() -> Left {
+    Left::new(PlainCount::new(u64::MAX))
+}
+
+/// One schedule of a loader and two consumers. Three threads that wait for each other have too many schedules; so the first chunk, which
+/// both want, is offered to both before, and then each of the three does what it can without waiting: the consumers take and release it,
+/// the loader looks three times for a slot for the next ones, and must find one only where both have released.
+fn model_of_three(slots: usize) -> bool {
+    let shared = Shared::new(Shape { slots, ..SHARED });
+    let mut producer = loader_end(&shared, &whole());
+    let rings = [[0, 1], [0, 2]].map(|order: [u16; 2]| consumer_end(&shared, &whole(), usize::from(order[1]) - 1, &order));
+    while serve(&mut producer, &shared) {}
+    let takers = rings.map(|mut ring| {
+        let shared = shared.clone();
+        thread::spawn(move || {
+            take(&mut ring, &shared, 0);
+            ring
+        })
+    });
+    let acted = (0..3).filter(|_| serve(&mut producer, &shared)).count();
+    let mut rings = takers.map(|taker| taker.join().unwrap());
+    while serve(&mut producer, &shared) {}
+    for (ring, block) in rings.iter_mut().zip([1, 2]) {
+        take(ring, &shared, block);
+        while serve(&mut producer, &shared) {}
+    }
+    acted > 0
+}
+
 /// One schedule: both ends attach and post, then work at the same time; whoever dies has a successor. True if the death happened.
 fn model(death: Death) -> bool {
-    let shared = Shared::new();
-    let whole = || Left::new(PlainCount::new(u64::MAX));
+    let shared = Shared::new(SHAPE);
     let (loader_left, consumer_left) = (whole(), whole());
     let producer = loader_end(&shared, &loader_left);
     let order: &[u16] = if matches!(death, Death::None) { &ORDER } else { &SHORT };
-    let ring = consumer_end(&shared, &consumer_left, order);
+    let ring = consumer_end(&shared, &consumer_left, 0, order);
     // Relaxed: before the threads start.
     match death {
         Death::None => {}
@@ -192,13 +247,13 @@ fn model(death: Death) -> bool {
     });
     let died = crashes(|| consume(ring, &shared, order));
     if died {
-        consume(consumer_end(&shared, &whole(), order), &shared, order);
+        consume(consumer_end(&shared, &whole(), 0, order), &shared, order);
     }
     loader.join().unwrap() | died
 }
 
-/// Explores a model; returns how many schedules it had, and in how many the death happened.
-fn explore(preemptions: usize, death: Death) -> (u64, u64) {
+/// Explores a model; returns how many schedules it had, and in how many the model said true.
+fn explore(preemptions: usize, model: impl Fn() -> bool + Send + Sync + 'static) -> (u64, u64) {
     let (schedules, deaths) = (Left::default(), Left::default());
     let (seen, died) = (schedules.clone(), deaths.clone());
     let mut builder = loom::model::Builder::new();
@@ -207,7 +262,7 @@ fn explore(preemptions: usize, death: Death) -> (u64, u64) {
     // Relaxed, here and below: counters that order nothing.
     builder.check(move || {
         seen.fetch_add(1, PlainOrdering::Relaxed);
-        died.fetch_add(u64::from(model(death)), PlainOrdering::Relaxed);
+        died.fetch_add(u64::from(model()), PlainOrdering::Relaxed);
     });
     (schedules.load(PlainOrdering::Relaxed), deaths.load(PlainOrdering::Relaxed))
 }
@@ -223,9 +278,20 @@ fn bound() -> usize {
 #[test]
 fn every_schedule_delivers() {
     let start = std::time::Instant::now();
-    let (schedules, _) = explore(bound(), Death::None);
+    let (schedules, _) = explore(bound(), || model(Death::None));
     println!("{schedules} schedules with {} preemptions in {:.1} s", bound(), start.elapsed().as_secs_f64());
     assert!(schedules > 100, "loom explored {schedules} schedules");
+}
+
+#[test]
+fn every_schedule_of_two_consumers_delivers() {
+    let bound = number("SERENITY_LOOM_SHARED_PREEMPTIONS", 1);
+    for slots in [2, 3] {
+        let start = std::time::Instant::now();
+        let (schedules, overlapping) = explore(bound, move || model_of_three(slots));
+        println!("{slots} slots, two consumers: {schedules} schedules with {bound} preemptions in {:.1} s", start.elapsed().as_secs_f64());
+        assert!(schedules > 100 && overlapping > 0, "loom explored {schedules} schedules, {overlapping} in which the loader acted");
+    }
 }
 
 #[test]
@@ -234,7 +300,7 @@ fn every_schedule_with_a_death_delivers() {
     let (mut points, mut all) = (0, 0);
     for death in [Death::Loader as fn(u64) -> Death, Death::Consumer] {
         for at in 0.. {
-            let (schedules, deaths) = explore(number("SERENITY_LOOM_DEATH_PREEMPTIONS", 0), death(at));
+            let (schedules, deaths) = explore(number("SERENITY_LOOM_DEATH_PREEMPTIONS", 0), move || model(death(at)));
             all += schedules;
             if deaths == 0 {
                 break;
@@ -243,5 +309,5 @@ fn every_schedule_with_a_death_delivers() {
         }
     }
     println!("{points} crash points, {all} schedules in {:.1} s", start.elapsed().as_secs_f64());
-    assert!(points > 100, "{points} crash points");
+    assert!(points > 90, "{points} crash points");
 }

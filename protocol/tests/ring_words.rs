@@ -7,17 +7,12 @@ use std::sync::atomic::AtomicU64;
 
 use serenity_protocol::ring::producer::{delivery_slot, delivery_word, request_tag};
 use serenity_protocol::ring::words::{
-    COUNT_MAX, ChunkId, Descriptor, GENERATION_MAX, REQUESTS_AT, SLOT_WORDS, Shape, SlotWord, State, Words, pack_epoch, slot, unpack_epoch,
+    CONSUMERS_AT, COUNT_MAX, ChunkId, Descriptor, GENERATION_MAX, ORDINAL_MAX, SLOT_WORDS, Shape, ShareWord, SlotWord, State, Words,
+    consumer, pack_epoch, slot, unpack_epoch,
 };
 
-const DESCRIPTOR: Descriptor = Descriptor {
-    content: ChunkId { block: 55, chunk: 3 },
-    bytes: 4096,
-    payload: 0xfeed,
-    ordinal: 0x0002_0000_0000_0007,
-    signature: 9,
-    generation: 12,
-};
+const DESCRIPTOR: Descriptor =
+    Descriptor { content: ChunkId { block: 55, chunk: 3 }, bytes: 4096, payload: 0xfeed, signature: 9, generation: 12 };
 
 fn memory(words: usize) -> Vec<AtomicU64> {
     (0..words).map(|_| AtomicU64::new(0)).collect()
@@ -31,7 +26,10 @@ fn packed_words_come_back() {
     for state in [State::Free, State::Filling, State::Ready, State::Leased] {
         for (epoch, generation) in [(0, 0), (u16::MAX, GENERATION_MAX), (3, 1 << 39)] {
             let word = SlotWord { state, epoch, generation };
-            assert_eq!(SlotWord::unpack(word.pack()), Some(word));
+            let of_slots = matches!(state, State::Free | State::Filling);
+            assert_eq!(SlotWord::unpack(word.pack()), of_slots.then_some(word));
+            let share = ShareWord { state, epoch, ordinal: generation.min(ORDINAL_MAX) };
+            assert_eq!(ShareWord::unpack(share.pack()), (state != State::Filling).then_some(share));
         }
     }
     for (block, chunk) in [(0, 0), (u16::MAX, u16::MAX), (1, 2)] {
@@ -40,6 +38,7 @@ fn packed_words_come_back() {
     }
     for word in [0, 5 << 56, u64::MAX] {
         assert_eq!(SlotWord::unpack(word), None);
+        assert_eq!(ShareWord::unpack(word), None);
     }
     for word in [0, 1, 1 << 62, u64::MAX, 3 << 62] {
         assert_eq!(ChunkId::unpack(word), None);
@@ -61,21 +60,25 @@ fn a_delivery_and_a_request_answer_to_their_own_place_only() {
 
 #[test]
 fn nothing_overlaps_in_any_shape() {
-    for slots in [1, 2, 3, 7, 64] {
-        for requests in [1, 2, 5, 16] {
-            let shape = Shape { slots, requests };
-            let mut owner = vec![0u8; shape.words()];
-            let mut take = |at: usize, len: usize| {
-                for word in &mut owner[at..at + len] {
-                    assert_eq!(std::mem::replace(word, 1), 0, "{shape:?}: word taken twice");
-                }
-            };
-            take(0, REQUESTS_AT);
-            (0..requests as u64).for_each(|r| take(shape.request(r), 2));
-            (0..slots as u64).for_each(|o| take(shape.delivery(o), 1));
-            (0..slots).for_each(|s| take(shape.slot(s), SLOT_WORDS));
-            assert!((0..slots).all(|s| shape.slot(s).is_multiple_of(SLOT_WORDS)), "slots start on cache lines");
+    const LINE: [usize; 6] = [consumer::POSTED, consumer::POSITION, consumer::PID, consumer::START, consumer::FINISHED, consumer::WAKE];
+    for (slots, requests, consumers) in [(1, 1, 1), (2, 2, 1), (3, 5, 2), (7, 16, 3), (64, 3, 5)] {
+        let shape = Shape { slots, requests, consumers };
+        let mut owner = vec![0u8; shape.words()];
+        let mut take = |at: usize, len: usize| {
+            for word in &mut owner[at..at + len] {
+                assert_eq!(std::mem::replace(word, 1), 0, "{shape:?}: word taken twice");
+            }
+        };
+        take(0, CONSUMERS_AT);
+        for index in 0..consumers {
+            LINE.iter().for_each(|word| take(shape.at(index, *word), 1));
+            (0..requests as u64).for_each(|r| take(shape.request(index, r), 2));
+            (0..slots as u64).for_each(|o| take(shape.delivery(index, o), 1));
+            (0..slots).for_each(|s| take(shape.share(index, s), 1));
         }
+        (0..slots).for_each(|s| take(shape.slot(s), SLOT_WORDS));
+        assert!((0..slots).all(|s| shape.slot(s).is_multiple_of(SLOT_WORDS)), "slots start on cache lines");
+        assert!(shape.quota() * consumers <= slots && (slots < consumers || shape.quota() > 0));
     }
 }
 
@@ -86,6 +89,8 @@ fn a_descriptor_is_read_whole_or_not_at_all() {
     assert_eq!(Descriptor::read(words, SLOT_WORDS), None, "zeroed memory is no descriptor");
     DESCRIPTOR.write(words, SLOT_WORDS);
     assert_eq!(Descriptor::read(words, SLOT_WORDS), Some(DESCRIPTOR));
+    words.store(SLOT_WORDS + slot::DAMAGED, 5);
+    assert_eq!(Descriptor::read(words, SLOT_WORDS), Some(DESCRIPTOR), "a mark is no part of it");
     for index in slot::CONTENT..=slot::CHECKSUM {
         for bit in 0..64 {
             let whole = words.load(SLOT_WORDS + index);

@@ -35,6 +35,12 @@ struct RunArgs {
     config: Option<PathBuf>,
     #[command(flatten)]
     overrides: OverrideArgs,
+    /// Take blocks from the loader of the run with this output folder; sets memory.stagehand.ring_of
+    #[arg(long, value_name = "DIR")]
+    ring: Option<PathBuf>,
+    /// Which of that loader's trainers this one is, from 0; sets memory.stagehand.ring_consumer
+    #[arg(long, value_name = "I")]
+    consumer: Option<usize>,
 }
 
 #[derive(Subcommand)]
@@ -171,7 +177,12 @@ fn train(args: &RunArgs, process: &Process) -> Result<()> {
     let path = args.config.as_deref().ok_or_else(|| {
         Error::config("no configuration was given").advice("serenity-trainer --config FILE, or one of the subcommands (see --help)")
     })?;
-    let config = Config::load(path, &args.overrides.clone().into())?;
+    let mut overrides = args.overrides.clone();
+    // As a JSON string: a folder may be called 12.
+    let ring = args.ring.as_ref().map(|folder| serde_json::Value::from(folder.to_string_lossy()));
+    overrides.set.extend(ring.map(|folder| format!("memory.stagehand.ring_of={folder}")));
+    overrides.set.extend(args.consumer.map(|index| format!("memory.stagehand.ring_consumer={index}")));
+    let config = Config::load(path, &overrides.into())?;
     run::train(process, open::parts(process, config)?).map(drop)
 }
 

@@ -16,7 +16,7 @@ use serenity_protocol::process::Process;
 use serenity_protocol::ring::consumer::{Consumer, Leased};
 use serenity_protocol::ring::plan::RingPlan;
 use serenity_protocol::ring::segment::{RingRole, Segment};
-use serenity_protocol::ring::words::{SlotWord, State, Words, consumer, loader, slot};
+use serenity_protocol::ring::words::{consumer, loader};
 use serenity_protocol::{Error, Result};
 
 /// How long a trainer started by hand waits for a loader; under a launcher it waits until it is told to stop.
@@ -40,7 +40,7 @@ pub struct RingClient {
 }
 
 impl RingClient {
-    /// Waits for the ring of `plan`, and takes the consumer's role in it.
+    /// Waits for the ring of `plan`, and takes the role of its consumer.
     ///
     /// # Errors
     /// [`Error::Absent`] if no loader comes (without a launcher) or another trainer has the role, [`Error::Data`] if the ring there is of
@@ -48,7 +48,7 @@ impl RingClient {
     pub fn open(plan: RingPlan, process: Process) -> Result<Self> {
         let start = Instant::now();
         let segment = loop {
-            match Segment::open(&plan.spec) {
+            match Segment::open_as(&plan.spec, plan.consumer) {
                 Ok(Some(segment)) => break segment,
                 Ok(None) => {}
                 // A loader may be about to replace what an earlier run left there.
@@ -67,8 +67,8 @@ impl RingClient {
             process.tick();
             std::thread::sleep(Duration::from_millis(20));
         };
-        segment.sign(RingRole::Consumer);
-        let ring = Consumer::attach(segment.clone(), segment.shape(), plan.catalogue()?)?;
+        segment.sign(RingRole::Consumer(plan.consumer));
+        let ring = Consumer::attach_as(segment.clone(), segment.shape(), plan.catalogue()?, plan.consumer)?;
         segment.wake(loader::WAKE);
         Ok(Self { segment, ring, plan, process, backlog: VecDeque::new(), awaited: 0, held: Vec::new(), orphaned: None })
     }
@@ -136,7 +136,8 @@ impl RingClient {
     /// As [`Self::poll`]; [`Error::TryAgain`] if a stop is requested; without a launcher [`Error::Absent`] if the loader is gone for a minute.
     pub fn wait(&mut self, limit: Duration) -> Result<Option<Leased>> {
         // Taken before the look: a chunk that arrives in between ends the sleep at once.
-        let ticket = self.segment.ticket(consumer::WAKE);
+        let wake = self.segment.shape().at(self.plan.consumer, consumer::WAKE);
+        let ticket = self.segment.ticket(wake);
         if let Some(leased) = self.poll()? {
             return Ok(Some(leased));
         }
@@ -144,7 +145,7 @@ impl RingClient {
             return Err(self.process.interrupted());
         }
         self.process.tick();
-        self.segment.wait_at_most(consumer::WAKE, ticket, limit);
+        self.segment.wait_at_most(wake, ticket, limit);
         if let Some(leased) = self.poll()? {
             return Ok(Some(leased));
         }
@@ -236,10 +237,7 @@ impl RingClient {
     #[must_use]
     pub fn slots(&self) -> (u32, u32) {
         let shape = self.segment.shape();
-        let in_use = (0..shape.slots)
-            .filter_map(|i| SlotWord::unpack(self.segment.load(shape.slot(i) + slot::STATE)))
-            .filter(|w| matches!(w.state, State::Ready | State::Leased))
-            .count();
+        let in_use = shape.occupied(&self.segment);
         (in_use as u32, (shape.slots - in_use) as u32)
     }
 

@@ -25,6 +25,9 @@ struct Cli {
     config: Option<PathBuf>,
     #[command(flatten)]
     overrides: OverrideArgs,
+    /// Trainers to feed from one ring; sets memory.stagehand.ring_consumers
+    #[arg(long, value_name = "N")]
+    consumers: Option<usize>,
     /// Write a Chrome/Perfetto trace of this process
     #[arg(long, global = true, value_name = "FILE")]
     trace: Option<PathBuf>,
@@ -91,7 +94,9 @@ fn serve(cli: &Cli, process: &Process) -> Result<()> {
     let path = cli.config.as_deref().ok_or_else(|| {
         Error::config("no configuration was given").advice("serenity-loader --config FILE, or serenity-loader bench --slab S --manifest M")
     })?;
-    let config = Config::load(path, &cli.overrides.clone().into())?;
+    let mut overrides = cli.overrides.clone();
+    overrides.set.extend(cli.consumers.map(|n| format!("memory.stagehand.ring_consumers={n}")));
+    let config = Config::load(path, &overrides.into())?;
     let slab = Slab::open(&config.memory.slab_path, &config.memory.manifest_path)?;
     let geometry = geometry(&slab, &config.model.path)?;
     service::run(&config, &slab, &geometry, process)?;

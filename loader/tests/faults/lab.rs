@@ -16,7 +16,7 @@ use serenity_protocol::geometry::{BlockId, TransformerGeometry};
 use serenity_protocol::ring::consumer::{Consumer, Leased};
 use serenity_protocol::ring::plan::RingPlan;
 use serenity_protocol::ring::segment::{RingRole, Segment};
-use serenity_protocol::ring::words::{SlotWord, State, consumer, loader, slot};
+use serenity_protocol::ring::words::{ShareWord, SlotWord, State, consumer, loader, slot};
 use serenity_protocol::slab::Slab;
 use serenity_protocol::slab::layout::{BlockLayout, PartKind};
 
@@ -73,11 +73,16 @@ pub struct Lab {
 impl Lab {
     /// A ring of `slots` slots of 16 KiB for the golden slab, which has five blocks and many more chunks.
     pub fn new(slots: u64) -> Self {
+        Self::for_consumers(slots, 1)
+    }
+
+    /// As [`Self::new`], for several consumers.
+    pub fn for_consumers(slots: u64, consumers: usize) -> Self {
         let folder = tempfile::tempdir_in(env!("CARGO_TARGET_TMPDIR")).unwrap();
         let (squareq, mib) = (goldens().join("cases/squareq"), 1_048_576.0);
         let stagehand = json!({
             "pinned_pool_mb": slots as f64 * 16384.0 / mib, "ring_chunk_mb": 16384.0 / mib, "dequant": "cpu",
-            "squareq_slab_path": squareq.join("flux2tiny_int8.safetensors"),
+            "ring_consumers": consumers, "squareq_slab_path": squareq.join("flux2tiny_int8.safetensors"),
             "squareq_manifest_path": squareq.join("flux2tiny_int8.manifest.json"),
         });
         let config: Value = json!({
@@ -152,8 +157,8 @@ impl Lab {
         Running { child: command.spawn().unwrap(), log }
     }
 
-    /// State of every slot, read from the file: no role is needed.
-    pub fn slots(&self) -> Vec<SlotWord> {
+    /// Every slot, read from the file: no role is needed.
+    pub fn slots(&self) -> Vec<Seen> {
         let file = std::fs::File::open(self.segment()).unwrap();
         let word = |i: usize| {
             let mut bytes = [0; 8];
@@ -161,12 +166,23 @@ impl Lab {
             u64::from_ne_bytes(bytes)
         };
         let shape = self.plan.spec.shape();
-        (0..shape.slots).map(|i| SlotWord::unpack(word(shape.slot(i) + slot::STATE)).expect("a known state")).collect()
+        let seen = |i: usize| {
+            let slot = SlotWord::unpack(word(shape.slot(i) + slot::STATE)).expect("a known state");
+            let share = |c: usize| ShareWord::unpack(word(shape.share(c, i))).expect("a known state");
+            let shares = (0..shape.consumers).map(share).collect();
+            Seen { generation: slot.generation, filling: slot.state == State::Filling, shares }
+        };
+        (0..shape.slots).map(seen).collect()
     }
 
     /// Slots in that state.
     pub fn count(&self, state: State) -> usize {
-        self.slots().iter().filter(|w| w.state == state).count()
+        self.slots().iter().filter(|s| s.state() == state).count()
+    }
+
+    /// Slots of which that consumer has a share in that state.
+    pub fn count_of(&self, consumer: usize, state: State) -> usize {
+        self.slots().iter().filter(|s| s.shares[consumer].state == state).count()
     }
 
     /// The independent reading of a chunk.
@@ -186,6 +202,35 @@ impl Drop for Lab {
         if self.folder.is_some() {
             serenity_protocol::ring::segment::unlink_if_unused(&self.segment());
         }
+    }
+}
+
+/// A slot as it stands in the file.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Seen {
+    pub generation: u64,
+    filling: bool,
+    /// What each consumer has of it.
+    pub shares: Vec<ShareWord>,
+}
+
+impl Seen {
+    /// What the slot is to whoever has most of it.
+    pub fn state(&self) -> State {
+        let has = |state| self.shares.iter().any(|s| s.state == state);
+        match () {
+            () if self.filling => State::Filling,
+            () if has(State::Leased) => State::Leased,
+            () if has(State::Ready) => State::Ready,
+            () => State::Free,
+        }
+    }
+
+    /// Whether it has been filled or offered between two looks.
+    fn served_since(&self, before: &Self) -> bool {
+        let places = |seen: &Self| seen.shares.iter().map(|s| (s.epoch, s.ordinal)).collect::<Vec<_>>();
+        assert!(self.generation >= before.generation, "a generation decreased");
+        self.generation > before.generation || places(self) != places(before)
     }
 }
 
@@ -268,6 +313,8 @@ pub struct Reader<'a> {
     pub lab: &'a Lab,
     pub segment: Segment,
     pub ring: Consumer<Segment>,
+    /// Which of the ring's consumers it is.
+    index: usize,
     /// Blocks that will be asked for, posted and not.
     pass: Vec<u16>,
     next_post: usize,
@@ -277,12 +324,17 @@ pub struct Reader<'a> {
 impl<'a> Reader<'a> {
     /// Waits for the ring, takes the consumer's role, asks for the model forward and backward without end.
     pub fn open(lab: &'a Lab) -> Self {
-        let segment = wait_for("a ring", || Segment::open(&lab.plan.spec).ok().flatten());
-        segment.sign(RingRole::Consumer);
-        let ring = Consumer::attach(segment.clone(), segment.shape(), lab.plan.catalogue().unwrap()).unwrap();
+        Self::open_as(lab, 0)
+    }
+
+    /// The same as the consumer of that number.
+    pub fn open_as(lab: &'a Lab, index: usize) -> Self {
+        let segment = wait_for("a ring", || Segment::open_as(&lab.plan.spec, index).ok().flatten());
+        segment.sign(RingRole::Consumer(index));
+        let ring = Consumer::attach_as(segment.clone(), segment.shape(), lab.plan.catalogue().unwrap(), index).unwrap();
         let blocks = lab.plan.layout.blocks.len() as u16;
         let pass = (0..blocks).chain((0..blocks).rev()).chain([0, blocks - 1, blocks / 2, 0, 0]).collect();
-        let mut this = Self { lab, segment, ring, pass, next_post: 0, due: VecDeque::new() };
+        let mut this = Self { lab, segment, ring, index, pass, next_post: 0, due: VecDeque::new() };
         this.post();
         this
     }
@@ -314,7 +366,8 @@ impl<'a> Reader<'a> {
     pub fn lease_while(&mut self, condition: impl Fn(&Segment) -> bool) -> Option<Leased> {
         let start = Instant::now();
         loop {
-            let ticket = self.segment.ticket(consumer::WAKE);
+            let wake = self.segment.shape().at(self.index, consumer::WAKE);
+            let ticket = self.segment.ticket(wake);
             let goes_on = condition(&self.segment);
             if let Some(leased) = self.try_lease() {
                 return Some(leased);
@@ -323,7 +376,7 @@ impl<'a> Reader<'a> {
                 return None;
             }
             assert!(start.elapsed() < PATIENCE, "no chunk within {PATIENCE:?}: {:?}", self.lab.slots());
-            self.segment.wait(consumer::WAKE, ticket);
+            self.segment.wait(wake, ticket);
         }
     }
 
@@ -359,9 +412,9 @@ impl<'a> Reader<'a> {
         let before = self.lab.slots();
         self.take(3 * self.lab.chunks());
         for (index, (before, after)) in before.iter().zip(self.lab.slots()).enumerate() {
-            assert!(after.generation > before.generation, "slot {index} is stuck: {before:?}, later {after:?}");
+            assert!(after.served_since(before), "slot {index} is stuck: {before:?}, later {after:?}");
         }
-        assert_eq!(self.lab.count(State::Leased), 0);
+        assert_eq!(self.lab.count_of(self.index, State::Leased), 0);
     }
 
     /// Says that no more is wanted, which ends a loader that was started by hand.

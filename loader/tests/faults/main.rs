@@ -9,7 +9,7 @@
 //! | F1 loader killed while it fills | `crashes::f01_...` | next loader frees the slot; every byte right |
 //! | F2 killed between payload and publication | `crashes::f02_...` | as F1 |
 //! | F3 killed after publication, before the wake-up | `crashes::f03_...` | the consumer finds the chunk without a loader |
-//! | F4 consumer killed while it holds leases | `crashes::f04_...` | next consumer frees them |
+//! | F4 consumer killed while it holds leases | `crashes::f04_...` | the loader frees them; without a loader the next consumer does |
 //! | F5 both killed at once | `crashes::f05_...` | both go on; no slot is lost |
 //! | F6 torn header | `segments::f06_...` | consumer waits or refuses (65), loader makes it anew |
 //! | F7 wrong magic, version, byte order, checksum, signature | `segments::f07_...` | as F6, and the field is named |
@@ -28,11 +28,14 @@
 //! | F20 bit flip in a READY payload | `segments::f20_...` | read again by a new loader; found by the consumer |
 //! | F21 the wall clock jumps | `clocks::f21_...` | nothing changes |
 //!
+//! [`consumers`] does the same with two consumers of one loader: killed, stopped, and a loader killed under both.
+//!
 //! `SERENITY_LOADER_KILLS=N` sets the kills of the campaign (default 40, which is each point once; the acceptance run uses 200), `SERENITY_KILL_SEED=N` the moments,
 //! `SERENITY_RESTART_MAX_MS=N` the longest restart (default 30000, because a build machine may be busy; the acceptance run uses 2000),
 //! `SERENITY_STOP_SECONDS=N` how long F16 stops a process (default 3; the acceptance run uses 60).
 
 mod clocks;
+mod consumers;
 mod crashes;
 mod lab;
 mod reads;

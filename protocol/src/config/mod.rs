@@ -156,6 +156,12 @@ pub struct StagehandConfig {
     pub max_inflight_transfers: usize,
     /// Telemetry file and how many steps lie between two of its lines; `None` when off.
     pub telemetry: Option<TelemetryConfig>,
+    /// Trainers that this run's loader feeds (`ring_consumers`).
+    pub consumers: usize,
+    /// Which of them this trainer is (`ring_consumer`), from 0.
+    pub consumer: usize,
+    /// Output folder of the run whose loader feeds this trainer (`ring_of`), if not this run's own.
+    pub ring_of: Option<PathBuf>,
     /// Threads of the loader's dequantiser; 0 = all cores.
     pub loader_threads: usize,
     /// Steps of a block visit count NaN and Inf (`nan_inf_check`).

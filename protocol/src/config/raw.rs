@@ -166,6 +166,9 @@ pub(super) struct RawStagehand {
     pub ring_chunk_mb: Option<f64>,
     /// A size or `auto`.
     pub vram_high_watermark_mb: Option<serde_json::Value>,
+    pub ring_consumers: Option<usize>,
+    pub ring_consumer: Option<usize>,
+    pub ring_of: Option<PathBuf>,
     pub vram_low_watermark_mb: Option<f64>,
     pub max_inflight_transfers: Option<usize>,
     pub prefetch_window_blocks: Option<usize>,

@@ -11,6 +11,7 @@ use super::{
     TelemetryConfig, TimestepConfig, TimestepDistribution, ValidationConfig, json, legacy, neutral,
 };
 use crate::error::{Error, Result};
+use crate::ring::words::CONSUMERS_MAX;
 
 /// Bytes of a "MB" in the configuration, which is a mebibyte as in the original.
 const MIB: f64 = 1_048_576.0;
@@ -517,6 +518,9 @@ fn stagehand(s: &RawStagehand, output_dir: &Path, device: DeviceKind, notices: &
         prefetch_window_blocks: within("memory.stagehand.prefetch_window_blocks", s.prefetch_window_blocks.unwrap_or(2), 1, 65_535)?,
         max_inflight_transfers: within("memory.stagehand.max_inflight_transfers", s.max_inflight_transfers.unwrap_or(2), 1, 1024)?,
         telemetry,
+        consumers: within("memory.stagehand.ring_consumers", s.ring_consumers.unwrap_or(1), 1, CONSUMERS_MAX)?,
+        consumer: within("memory.stagehand.ring_consumer", s.ring_consumer.unwrap_or(0), 0, CONSUMERS_MAX - 1)?,
+        ring_of: s.ring_of.clone(),
         loader_threads: within("memory.stagehand.loader_threads", s.loader_threads.unwrap_or(0), 0, 4096)?,
         nan_inf_check: s.nan_inf_check.unwrap_or(true),
         pinned_slab_bytes: s.pinned_slab_mb.map(|mb| mebibytes("memory.stagehand.pinned_slab_mb", mb)).transpose()?,

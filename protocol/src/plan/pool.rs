@@ -68,6 +68,7 @@ pub(super) fn ring_memory(config: &Config, geometry: &TransformerGeometry, train
         signature: 0,
         form: s.form,
         blocks: geometry.num_blocks(),
+        consumers: s.consumers,
     };
     let left_over = std::fs::metadata(spec(2).path()).map_or(0, |m| m.len());
     let free_bytes = super::free_bytes(SHM.as_ref()).unwrap_or(0).saturating_add(left_over);
@@ -82,8 +83,9 @@ pub(super) fn ring_memory(config: &Config, geometry: &TransformerGeometry, train
         },
         |pool| pool / chunk_bytes,
     );
-    // Two slots are the least that works; where they do not fit either, the plan says so.
-    let slots = if chosen { slots.min(whole).clamp(2, SLOTS_MAX as u64) } else { slots };
+    // Two slots for each consumer are the least that overlaps; where they do not fit either, the plan says so.
+    let fewest = 2 * s.consumers as u64;
+    let slots = if chosen { slots.min(whole).clamp(fewest, SLOTS_MAX as u64) } else { slots };
     let costs = costs(&payloads, chunk_bytes, slots);
     RingMemory { bytes: spec(slots).bytes(), slots, chunk_bytes, free_bytes, chosen, costs }
 }

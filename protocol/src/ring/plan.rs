@@ -17,6 +17,8 @@ pub struct RingPlan {
     pub spec: RingSpec,
     /// Payloads and chunks.
     pub layout: SlabLayout,
+    /// Which of the ring's consumers a trainer with this plan is.
+    pub consumer: usize,
 }
 
 impl RingPlan {
@@ -34,10 +36,12 @@ impl RingPlan {
             .advice("start serenity-launch, or add --set memory.stagehand.pinned_pool_mb=SIZE to every process")
         })?;
         let slots = (pool_bytes / stagehand.chunk_bytes) as usize;
-        Self::with(super::name(config), slab, geometry, stagehand.form, slots, stagehand.chunk_bytes)
+        let mut plan = Self::with(super::name(config), slab, geometry, stagehand.form, slots, stagehand.chunk_bytes)?;
+        (plan.spec.consumers, plan.consumer) = (stagehand.consumers, stagehand.consumer);
+        Ok(plan)
     }
 
-    /// The same from its parts.
+    /// The same from its parts, for one consumer.
     ///
     /// # Errors
     /// As [`Self::new`].
@@ -51,8 +55,8 @@ impl RingPlan {
     ) -> Result<Self> {
         slab.check_model(geometry)?;
         let layout = SlabLayout::new(slab, geometry, form, chunk_bytes)?;
-        let spec = RingSpec { name, slots, chunk_bytes, signature: slab.signature(), form, blocks: geometry.num_blocks() };
-        Ok(Self { spec, layout })
+        let spec = RingSpec { name, slots, chunk_bytes, signature: slab.signature(), form, blocks: geometry.num_blocks(), consumers: 1 };
+        Ok(Self { spec, layout, consumer: 0 })
     }
 
     /// Chunks of every block, for the state machines.

@@ -1,21 +1,33 @@
-//! The loader's half of the ring: which chunk is due, which slot it goes to, and what survives a crash.
+//! The loader's half of the ring: which chunk is due to whom, which slot it goes to, and what survives a crash.
 //!
-//! The producer walks the consumer's requests in order. A chunk whose bytes are still in a free slot is published again without a
-//! fill; otherwise the free slot whose content is needed furthest in the future is overwritten (Belady's rule: the request queue is
-//! the future). Nothing here touches payload bytes or makes a system call: the driver asks [`Producer::next_action`], does the work,
-//! and says [`Producer::publish`].
+//! The producer walks the requests of every consumer in order, the one with the least ahead of it first. A chunk whose bytes are in a slot
+//! is offered without a fill, whoever else has it; otherwise the free slot whose content is needed furthest in the future is
+//! overwritten (Belady's rule: the request queues are the future). So a chunk that several consumers want is filled once as long as it stays.
+//! Nothing here touches payload bytes or makes a system call: the driver asks [`Producer::next_action`], does the work, and says
+//! [`Producer::publish`].
 //!
-//! Invariants: a slot in FILLING with our epoch is ours alone; its descriptor is invalid until [`Producer::publish`]; a delivery word is
-//! written before its slot becomes READY (the other way round, a crash between the two would leave a READY slot that nobody can find);
-//! nothing is delivered that the consumer has passed. After a crash [`Producer::attach`] frees what a dead loader was filling and goes on
-//! at the consumer's position: a delivery stands if its slot still carries that ordinal, otherwise it is made again.
+//! Invariants: a slot in FILLING with our epoch is ours alone and no consumer has a share of it; its descriptor is invalid until
+//! [`Producer::publish`]; a delivery word is written before its share becomes READY (the other way round, a crash between the two would leave a
+//! READY share that nobody can find); nothing is delivered that the consumer has passed.
+//!
+//! Progress: a consumer may have at most [`Shape::quota`] slots READY, LEASED or on their way, a consumer's places are filled in order, and
+//! what is READY with a gap before it counts against its own part. So whatever the others do, or fail to do, a consumer whose
+//! next chunk is missing finds a slot: the others' parts together leave it its own, and of that one slot at least is neither leased nor
+//! waiting behind the gap.
+//!
+//! After a crash [`Producer::attach`] frees what a dead loader was filling and goes on at each consumer's position: a delivery stands if
+//! its share still carries that ordinal, otherwise it is made again. A consumer whose death the driver has proven is given up with
+//! [`Producer::bury`]: its shares are freed, its requests forgotten.
 
-use std::collections::{HashMap, VecDeque};
+use std::collections::HashMap;
 
-use super::words::{ChunkId, Descriptor, GENERATION_MAX, Shape, SlotWord, State, Words, consumer, loader, pack_epoch, slot, unpack_epoch};
+use super::stream::Stream;
+use super::words::{
+    ChunkId, Descriptor, GENERATION_MAX, Shape, ShareWord, SlotWord, State, Words, consumer, loader, pack_epoch, slot, unpack_epoch,
+};
 use crate::error::{Error, Result};
 
-/// Slots that may be READY ahead of the consumer even where filling them overwrites something needed earlier.
+/// Chunks that may be ahead of a consumer even where filling them overwrites something needed earlier.
 const LOOKAHEAD_MIN: u64 = 2;
 
 /// What the driver should do now.
@@ -28,20 +40,22 @@ pub enum Action {
     /// The slot holds the chunk since before this loader started: compare its payload with `checksum`, then [`Producer::publish`] if
     /// equal or [`Producer::abandon`].
     Verify(Job, u64),
-    /// A retained chunk was published without work.
+    /// A retained chunk was offered without work.
     Republished(Job),
 }
 
-/// A slot that is being prepared for one place in the stream.
+/// A slot that is prepared for one place in a consumer's stream.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct Job {
     /// Slot.
     pub slot: usize,
     /// What goes into it.
     pub content: ChunkId,
+    /// Consumer that it is for: the one to wake.
+    pub consumer: usize,
     /// Consumer epoch and ordinal.
     pub ordinal: u64,
-    /// Generation of the slot while it is ours.
+    /// Generation of the slot.
     pub generation: u64,
 }
 
@@ -54,12 +68,15 @@ pub struct Catalogue {
     pub signature: u64,
 }
 
-/// Where in the request stream the producer is.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-struct Cursor {
-    consumer_epoch: u16,
-    sequence: u64,
-    chunk: u16,
+/// What this loader knows of a slot beyond the shared words.
+#[derive(Debug, Clone, Copy, Default)]
+struct Local {
+    /// What it holds, or is being filled with.
+    content: Option<ChunkId>,
+    /// This loader wrote or compared the payload.
+    trusted: bool,
+    /// What it is being prepared for.
+    job: Option<Job>,
 }
 
 /// The loader's state machine over memory `M`.
@@ -68,15 +85,10 @@ pub struct Producer<M> {
     shape: Shape,
     catalogue: Catalogue,
     epoch: u16,
-    cursor: Cursor,
-    /// Requests known so far: `future[block]` holds the sequences at which the block is still to be served, ascending.
-    future: Vec<VecDeque<u64>>,
-    /// First request not yet entered into `future`.
-    known: u64,
-    /// Where each chunk's bytes are.
+    streams: Vec<Stream>,
+    /// Where each chunk's bytes are: `slots[content[c]].content == Some(c)`.
     content: HashMap<ChunkId, usize>,
-    /// Slots whose payload this loader wrote or verified.
-    trusted: Vec<bool>,
+    slots: Vec<Local>,
 }
 
 impl<M: Words> Producer<M> {
@@ -89,11 +101,9 @@ impl<M: Words> Producer<M> {
         let epoch = next_epoch(memory.load(loader::EPOCH));
         memory.store(loader::EPOCH, u64::from(epoch));
         let mut this = Self {
-            future: vec![VecDeque::new(); catalogue.chunks.len()],
+            streams: (0..shape.consumers).map(|c| Stream::new(c, catalogue.chunks.len())).collect(),
             content: HashMap::new(),
-            trusted: vec![false; shape.slots],
-            cursor: Cursor { consumer_epoch: 0, sequence: 0, chunk: 0 },
-            known: 0,
+            slots: vec![Local::default(); shape.slots],
             memory,
             shape,
             catalogue,
@@ -102,7 +112,9 @@ impl<M: Words> Producer<M> {
         for index in 0..shape.slots {
             this.recover_slot(index)?;
         }
-        this.follow_consumer()?;
+        for consumer in 0..shape.consumers {
+            this.follow(consumer)?;
+        }
         Ok(this)
     }
 
@@ -118,6 +130,40 @@ impl<M: Words> Producer<M> {
         Ok((raw, word))
     }
 
+    fn share(&self, consumer: usize, index: usize) -> Result<(u64, ShareWord)> {
+        let raw = self.memory.load(self.shape.share(consumer, index));
+        let share = ShareWord::unpack(raw).ok_or_else(|| no_such_state(index, raw))?;
+        Ok((raw, share))
+    }
+
+    /// Whether some consumer has a share of the slot. Once false, it stays false until this loader offers the slot.
+    fn is_out(&self, index: usize) -> Result<bool> {
+        for consumer in 0..self.shape.consumers {
+            if self.share(consumer, index)?.1.state != State::Free {
+                return Ok(true);
+            }
+        }
+        Ok(false)
+    }
+
+    /// Frees a share if `which` says so. It may fail only because the consumer has taken or freed it meanwhile.
+    fn free_share(&self, consumer: usize, index: usize, which: impl Fn(ShareWord) -> bool) -> Result<()> {
+        let (raw, share) = self.share(consumer, index)?;
+        let freed = ShareWord { state: State::Free, ..share };
+        if which(share) && self.memory.swap(self.shape.share(consumer, index), raw, freed.pack()).is_err() {
+            self.check_fence()?;
+        }
+        Ok(())
+    }
+
+    /// The slot's descriptor, if its bytes may be used.
+    fn intact(&self, index: usize, word: SlotWord) -> Option<Descriptor> {
+        let at = self.shape.slot(index);
+        let damaged = self.memory.load(at + slot::DAMAGED);
+        let ours = |d: &Descriptor| d.signature == self.catalogue.signature && d.generation == word.generation && d.generation != damaged;
+        Descriptor::read(&self.memory, at).filter(ours)
+    }
+
     fn recover_slot(&mut self, index: usize) -> Result<()> {
         let at = self.shape.slot(index);
         let (raw, word) = self.slot_word(index)?;
@@ -126,14 +172,32 @@ impl<M: Words> Producer<M> {
             let freed = SlotWord { state: State::Free, epoch: self.epoch, ..word };
             return self.memory.swap(at + slot::STATE, raw, freed.pack()).map_err(|found| self.fenced(index, found));
         }
-        if let Some(descriptor) = Descriptor::read(&self.memory, at)
-            && descriptor.signature == self.catalogue.signature
-            && descriptor.generation == word.generation
-            && self.catalogue.chunks.get(usize::from(descriptor.content.block)).is_some_and(|n| descriptor.content.chunk < *n)
-        {
-            self.content.insert(descriptor.content, index);
+        let known = |d: &Descriptor| self.catalogue.chunks.get(usize::from(d.content.block)).is_some_and(|n| d.content.chunk < *n);
+        match self.intact(index, word).filter(known) {
+            Some(descriptor) => self.remember(index, descriptor.content, false),
+            // Nothing that a consumer could use: whoever has not taken it yet is served anew.
+            None => {
+                for consumer in 0..self.shape.consumers {
+                    self.free_share(consumer, index, |s| s.state == State::Ready)?;
+                }
+            }
         }
         Ok(())
+    }
+
+    fn remember(&mut self, index: usize, content: ChunkId, trusted: bool) {
+        self.forget(index);
+        if let Some(before) = self.content.insert(content, index).filter(|before| *before != index) {
+            self.slots[before].content = None;
+        }
+        self.slots[index] = Local { content: Some(content), trusted, ..self.slots[index] };
+    }
+
+    fn forget(&mut self, index: usize) {
+        if let Some(content) = self.slots[index].content.take() {
+            self.content.remove(&content);
+        }
+        self.slots[index].trusted = false;
     }
 
     /// The next thing to do. Call until it says [`Action::Wait`].
@@ -142,165 +206,172 @@ impl<M: Words> Producer<M> {
     /// [`Error::Absent`] if another loader has taken the role (fenced), [`Error::Invariant`] if shared state is impossible.
     pub fn next_action(&mut self) -> Result<Action> {
         self.check_fence()?;
-        self.follow_consumer()?;
+        for consumer in 0..self.shape.consumers {
+            self.follow(consumer)?;
+        }
+        if self.shape.consumers == 1 {
+            return self.next_for(0);
+        }
+        // Whoever has the least ahead is the nearest to standing still.
+        let mut order = Vec::with_capacity(self.shape.consumers);
+        for consumer in 0..self.shape.consumers {
+            if let Some((_, ordinal)) = self.due(consumer)? {
+                order.push((self.supply(consumer, ordinal)?.1, consumer));
+            }
+        }
+        order.sort_unstable();
+        for (_, consumer) in order {
+            let action = self.next_for(consumer)?;
+            if action != Action::Wait {
+                return Ok(action);
+            }
+        }
+        Ok(Action::Wait)
+    }
+
+    fn next_for(&mut self, consumer: usize) -> Result<Action> {
         loop {
-            let Some((content, ordinal)) = self.due()? else { return Ok(Action::Wait) };
-            if self.already_delivered(content, ordinal)? {
-                self.advance();
+            let Some((content, ordinal)) = self.due(consumer)? else { return Ok(Action::Wait) };
+            if self.already_delivered(consumer, content, ordinal)? {
+                self.streams[consumer].advance(content.block, &self.catalogue);
                 continue;
             }
-            // The consumer may have leased and released it since we read its position: the slot then looks free and undelivered, but
-            // the position was stored before the release. Published again, it would stay READY for ever.
-            if self.catch_up() {
+            // The consumer may have leased and released it since we read its position: the share then looks free and undelivered, but
+            // the position was stored before the release. Offered again, it would stay READY for ever.
+            if self.streams[consumer].catch_up(&self.memory, &self.shape) {
                 continue;
             }
-            return self.serve(content, ordinal);
+            return self.serve(consumer, content, ordinal);
         }
     }
 
-    /// Reads the consumer's line: a new epoch drops the old stream, a position ahead of ours (after our restart) is caught up with,
+    fn due(&self, consumer: usize) -> Result<Option<(ChunkId, u64)>> {
+        self.streams[consumer].due(&self.memory, &self.shape)
+    }
+
+    /// Epoch of a consumer's queue; 0 if none ever came.
+    #[must_use]
+    pub fn consumer_epoch(&self, consumer: usize) -> u16 {
+        unpack_epoch(self.memory.load(self.shape.at(consumer, consumer::POSTED))).0
+    }
+
+    /// Reads a consumer's line: a new epoch drops the old stream, a position ahead of ours (after our restart) is caught up with,
     /// and requests posted since are entered into the future.
-    fn follow_consumer(&mut self) -> Result<()> {
-        let (epoch, posted) = unpack_epoch(self.memory.load(consumer::POSTED));
-        if epoch != self.cursor.consumer_epoch {
-            self.cursor = Cursor { consumer_epoch: epoch, sequence: 0, chunk: 0 };
-            self.future.iter_mut().for_each(VecDeque::clear);
-            self.known = 0;
-            self.free_foreign_ready(epoch)?;
-        }
-        self.catch_up();
-        while self.known < posted {
-            let Some((block, _)) = self.request(self.known)? else { break };
-            self.future[usize::from(block)].push_back(self.known);
-            self.known += 1;
-        }
-        Ok(())
-    }
-
-    /// Moves the cursor to the consumer's position if that is ahead; whether it moved.
-    fn catch_up(&mut self) -> bool {
-        let (epoch, position) = unpack_epoch(self.memory.load(consumer::POSITION));
-        let (sequence, chunk) = (position >> 16, position as u16);
-        if epoch != self.cursor.consumer_epoch || (sequence, chunk) <= (self.cursor.sequence, self.cursor.chunk) {
-            return false;
-        }
-        self.cursor = Cursor { sequence, chunk, ..self.cursor };
-        self.known = self.known.max(sequence);
-        for queue in &mut self.future {
-            while queue.front().is_some_and(|s| *s < sequence) {
-                queue.pop_front();
+    fn follow(&mut self, consumer: usize) -> Result<()> {
+        let (epoch, posted) = unpack_epoch(self.memory.load(self.shape.at(consumer, consumer::POSTED)));
+        if epoch != self.streams[consumer].epoch {
+            self.streams[consumer].restart(epoch);
+            // What was READY for an earlier consumer becomes free; the content stays.
+            for index in 0..self.shape.slots {
+                self.free_share(consumer, index, |s| s.state == State::Ready && s.epoch != epoch)?;
             }
         }
-        true
+        let stream = &mut self.streams[consumer];
+        stream.catch_up(&self.memory, &self.shape);
+        stream.learn(&self.memory, &self.shape, posted)
     }
 
-    /// READY slots of an earlier consumer become free; their content stays.
-    fn free_foreign_ready(&mut self, consumer_epoch: u16) -> Result<()> {
+    /// Gives up a consumer whose process is proven dead: what it had leased or was offered in `epoch` is freed, what it asked for
+    /// forgotten. True if there was something to give up. The caller has read `epoch` ([`Self::consumer_epoch`]) before it found the
+    /// role lock free: a successor takes the lock before it raises the epoch, so whoever had `epoch` is gone.
+    ///
+    /// # Errors
+    /// [`Error::Absent`] if another loader has taken the role, [`Error::Invariant`] if shared state is impossible.
+    pub fn bury(&mut self, consumer: usize, epoch: u16) -> Result<bool> {
+        self.check_fence()?;
+        self.follow(consumer)?;
+        let stream = &mut self.streams[consumer];
+        if epoch == 0 || stream.epoch != epoch || stream.dead {
+            return Ok(false);
+        }
+        stream.end();
         for index in 0..self.shape.slots {
-            let at = self.shape.slot(index);
-            let (raw, word) = self.slot_word(index)?;
-            if word.state != State::Ready {
-                continue;
-            }
-            let foreign = Descriptor::read(&self.memory, at).is_none_or(|d| unpack_epoch(d.ordinal).0 != consumer_epoch);
-            if foreign {
-                let freed = SlotWord { state: State::Free, epoch: self.epoch, ..word };
-                // Fails if this consumer leased the slot since we read the word, and found it corrupt: then it is not ours to free.
-                if self.memory.swap(at + slot::STATE, raw, freed.pack()).is_err() {
-                    self.check_fence()?;
-                }
-            }
+            // Earlier epochs too: their holders died before. Only a successor's are newer.
+            self.free_share(consumer, index, |s| epoch.wrapping_sub(s.epoch) < 1 << 15 && s.state != State::Free)?;
         }
-        Ok(())
+        Ok(true)
     }
 
-    /// Block and first ordinal of request `sequence`; `None` if the entry is not (or no longer) of this consumer epoch.
-    fn request(&self, sequence: u64) -> Result<Option<(u16, u64)>> {
-        let at = self.shape.request(sequence);
-        let (tag, first) = (self.memory.load(at), self.memory.load(at + 1));
-        let block = tag as u16;
-        if tag != request_tag(self.cursor.consumer_epoch, sequence, block) {
-            return Ok(None);
+    /// Whether `ordinal` is delivered already, by an earlier loader perhaps, and the share still carries it.
+    fn already_delivered(&self, consumer: usize, content: ChunkId, ordinal: u64) -> Result<bool> {
+        let epoch = self.streams[consumer].epoch;
+        let word = self.memory.load(self.shape.delivery(consumer, ordinal));
+        let Some(index) = delivery_slot(word, pack_epoch(epoch, ordinal)).filter(|s| *s < self.shape.slots) else { return Ok(false) };
+        let (_, share) = self.share(consumer, index)?;
+        if share.state == State::Free || share.epoch != epoch || share.ordinal != ordinal {
+            return Ok(false);
         }
-        if usize::from(block) >= self.catalogue.chunks.len() {
-            return Err(Error::invariant("the consumer asked for a block that the model does not have")
-                .expected(format!("0 to {}", self.catalogue.chunks.len().saturating_sub(1)))
-                .found(block));
-        }
-        Ok(Some((block, first)))
-    }
-
-    /// The chunk at the cursor and its ordinal, if it is posted.
-    fn due(&self) -> Result<Option<(ChunkId, u64)>> {
-        if self.cursor.sequence >= self.known {
-            return Ok(None);
-        }
-        let Some((block, first)) = self.request(self.cursor.sequence)? else { return Ok(None) };
-        let content = ChunkId { block, chunk: self.cursor.chunk };
-        Ok(Some((content, pack_epoch(self.cursor.consumer_epoch, first + u64::from(self.cursor.chunk)))))
-    }
-
-    fn advance(&mut self) {
-        let Ok(Some((content, _))) = self.due() else { return };
-        let block = usize::from(content.block);
-        self.cursor.chunk += 1;
-        if self.cursor.chunk >= self.catalogue.chunks[block] {
-            self.future[block].pop_front();
-            self.cursor.chunk = 0;
-            self.cursor.sequence += 1;
-        }
-    }
-
-    /// Whether an earlier loader has delivered `ordinal` already and the slot still carries it.
-    fn already_delivered(&self, content: ChunkId, ordinal: u64) -> Result<bool> {
-        let Some(index) = self.delivered_slot(ordinal) else { return Ok(false) };
         let (_, word) = self.slot_word(index)?;
         let descriptor = Descriptor::read(&self.memory, self.shape.slot(index));
-        Ok(matches!(word.state, State::Ready | State::Leased)
-            && descriptor.is_some_and(|d| {
-                d.ordinal == ordinal && d.content == content && d.generation == word.generation && d.signature == self.catalogue.signature
-            }))
+        Ok(descriptor.is_some_and(|d| d.content == content && d.generation == word.generation))
     }
 
-    fn delivered_slot(&self, ordinal: u64) -> Option<usize> {
-        let word = self.memory.load(self.shape.delivery(unpack_epoch(ordinal).1));
-        delivery_slot(word, ordinal).filter(|s| *s < self.shape.slots)
+    /// Slots that a consumer has or is about to get, and how many of them are ahead of it: to be leased before the chunk at `ordinal`.
+    /// What lies behind that chunk (after a crash, say) is no supply: the consumer cannot get there.
+    fn supply(&self, consumer: usize, ordinal: u64) -> Result<(usize, u64)> {
+        let end = pack_epoch(self.streams[consumer].epoch, ordinal);
+        let (mut out, mut ahead) = (0, 0);
+        for index in 0..self.shape.slots {
+            let share = self.share(consumer, index)?.1;
+            let place = match self.slots[index].job.filter(|j| j.consumer == consumer) {
+                Some(job) => Some(job.ordinal),
+                None => (share.state == State::Ready).then(|| pack_epoch(share.epoch, share.ordinal)),
+            };
+            out += usize::from(place.is_some() || share.state == State::Leased);
+            ahead += u64::from(place.is_some_and(|p| p < end && unpack_epoch(p).0 == unpack_epoch(end).0));
+        }
+        Ok((out, ahead))
     }
 
-    fn serve(&mut self, content: ChunkId, ordinal: u64) -> Result<Action> {
+    fn serve(&mut self, consumer: usize, content: ChunkId, ordinal: u64) -> Result<Action> {
+        // With one consumer the quota is the ring.
+        let (out, ahead) = if self.shape.consumers > 1 { self.supply(consumer, ordinal)? } else { (0, 0) };
+        if out >= self.shape.quota() {
+            return Ok(Action::Wait);
+        }
         if let Some(&index) = self.content.get(&content) {
             let (raw, word) = self.slot_word(index)?;
-            if word.state != State::Free {
-                // Still out for an earlier place in the stream: the consumer will release it.
+            // On its way for another consumer, or still out to this one for an earlier place in its stream: both end by themselves.
+            if word.state != State::Free || self.share(consumer, index)?.1.state != State::Free {
                 return Ok(Action::Wait);
             }
-            let at = self.shape.slot(index);
-            let Some(descriptor) = Descriptor::read(&self.memory, at).filter(|d| d.content == content) else {
-                self.content.remove(&content);
-                return self.serve(content, ordinal);
-            };
-            let job = self.claim(index, raw, word, content, ordinal)?;
-            self.advance();
-            if !self.trusted[index] {
-                return Ok(Action::Verify(job, descriptor.payload));
+            if let Some(descriptor) = self.intact(index, word).filter(|d| d.content == content) {
+                return self.serve_retained(consumer, ordinal, (index, raw, word), descriptor);
             }
-            self.publish(job, descriptor.bytes, descriptor.payload)?;
-            return Ok(Action::Republished(job));
+            self.forget(index);
         }
-        let Some((index, raw, word)) = self.victim()? else { return Ok(Action::Wait) };
-        let old = Descriptor::read(&self.memory, self.shape.slot(index)).map(|d| d.content);
-        let job = self.claim(index, raw, word, content, ordinal)?;
-        if let Some(old) = old.filter(|c| self.content.get(c) == Some(&index)) {
-            self.content.remove(&old);
-        }
+        let ahead = if self.shape.consumers > 1 { ahead } else { self.supply(consumer, ordinal)?.1 };
+        let Some((index, raw, word)) = self.victim(consumer, ahead)? else { return Ok(Action::Wait) };
+        let job = self.claim(consumer, (index, raw, word), content, ordinal)?;
         Descriptor::invalidate(&self.memory, self.shape.slot(index));
-        self.trusted[index] = false;
-        self.content.insert(content, index);
-        self.advance();
+        self.remember(index, content, false);
         Ok(Action::Fill(job))
     }
 
-    fn claim(&self, index: usize, raw: u64, word: SlotWord, content: ChunkId, ordinal: u64) -> Result<Job> {
+    fn serve_retained(
+        &mut self,
+        consumer: usize,
+        ordinal: u64,
+        (index, raw, word): (usize, u64, SlotWord),
+        descriptor: Descriptor,
+    ) -> Result<Action> {
+        let content = descriptor.content;
+        if !self.slots[index].trusted {
+            if self.is_out(index)? {
+                return Ok(Action::Wait);
+            }
+            let job = self.claim(consumer, (index, raw, word), content, ordinal)?;
+            return Ok(Action::Verify(job, descriptor.payload));
+        }
+        let ordinal = pack_epoch(self.streams[consumer].epoch, ordinal);
+        let job = Job { slot: index, content, consumer, ordinal, generation: word.generation };
+        self.streams[consumer].advance(content.block, &self.catalogue);
+        self.offer(&job)?;
+        Ok(Action::Republished(job))
+    }
+
+    /// Takes a slot that is not out for one place of a consumer's stream, and moves that consumer's cursor on.
+    fn claim(&mut self, consumer: usize, (index, raw, word): (usize, u64, SlotWord), content: ChunkId, ordinal: u64) -> Result<Job> {
         if word.generation >= GENERATION_MAX {
             return Err(
                 Error::invariant(format!("slot {index} has used up its generations")).advice("restart the run: the ring is made anew")
@@ -309,21 +380,33 @@ impl<M: Words> Producer<M> {
         let generation = word.generation + 1;
         let ours = SlotWord { state: State::Filling, epoch: self.epoch, generation };
         self.memory.swap(self.shape.slot(index) + slot::STATE, raw, ours.pack()).map_err(|found| self.fenced(index, found))?;
-        Ok(Job { slot: index, content, ordinal, generation })
+        let job = Job { slot: index, content, consumer, ordinal: pack_epoch(self.streams[consumer].epoch, ordinal), generation };
+        self.slots[index].job = Some(job);
+        self.streams[consumer].advance(content.block, &self.catalogue);
+        Ok(job)
     }
 
-    /// The free slot to overwrite: an empty one, else the one whose content is needed furthest in the future. None if every slot is
-    /// out, or if the best one is needed before the chunk at hand and the consumer has enough ahead of it.
-    fn victim(&self) -> Result<Option<(usize, u64, SlotWord)>> {
+    /// The slot to overwrite for a consumer that has `ahead` chunks ahead of it: an empty one, else the one whose content is needed
+    /// furthest in the future by anybody, counted in chunks from where each consumer is. None if every slot is out, or if the best one
+    /// is needed before the chunk at hand and the consumer has enough.
+    fn victim(&self, consumer: usize, ahead: u64) -> Result<Option<(usize, u64, SlotWord)>> {
+        let mut heads = Vec::with_capacity(self.shape.consumers);
+        for (other, stream) in self.streams.iter().enumerate() {
+            if let Some((_, here)) = self.due(other)? {
+                heads.push((stream, here, if other == consumer { ahead } else { self.supply(other, here)?.1 }));
+            }
+        }
         let mut best: Option<(u64, usize, u64, SlotWord)> = None;
-        let mut out = 0;
         for index in 0..self.shape.slots {
             let (raw, word) = self.slot_word(index)?;
-            if word.state != State::Free {
-                out += u64::from(word.state != State::Leased);
+            if word.state != State::Free || self.is_out(index)? {
                 continue;
             }
-            let next_use = self.next_use(index);
+            let uses = |content: ChunkId| {
+                let distance = |(stream, here, ahead): &(&Stream, u64, u64)| Some(stream.next_use(content, *here)? - here + ahead);
+                heads.iter().filter_map(distance).min()
+            };
+            let next_use = self.slots[index].content.and_then(uses).unwrap_or(u64::MAX);
             if best.is_none_or(|(use_, ..)| next_use > use_) {
                 best = Some((next_use, index, raw, word));
             }
@@ -332,53 +415,48 @@ impl<M: Words> Producer<M> {
             }
         }
         let Some((next_use, index, raw, word)) = best else { return Ok(None) };
-        let due = self.cursor.sequence << 16 | u64::from(self.cursor.chunk);
-        Ok((next_use > due || out < LOOKAHEAD_MIN).then_some((index, raw, word)))
+        Ok((next_use > ahead || ahead < LOOKAHEAD_MIN).then_some((index, raw, word)))
     }
 
-    /// When the content of a free slot is needed next, as request << 16 | chunk; `u64::MAX` if not, or if it holds nothing.
-    fn next_use(&self, index: usize) -> u64 {
-        let Some(descriptor) = Descriptor::read(&self.memory, self.shape.slot(index)) else { return u64::MAX };
-        let content = descriptor.content;
-        if self.content.get(&content) != Some(&index) {
-            return u64::MAX;
-        }
-        let passed = self.cursor.chunk > content.chunk;
-        self.future[usize::from(content.block)]
-            .iter()
-            .find(|s| **s > self.cursor.sequence || (**s == self.cursor.sequence && !passed))
-            .map_or(u64::MAX, |s| s << 16 | u64::from(content.chunk))
-    }
-
-    /// Publishes a prepared slot: descriptor, delivery word, then READY. The driver wakes the consumer afterwards.
+    /// Publishes a prepared slot: descriptor, slot word, delivery word, then READY. The driver wakes the job's consumer afterwards.
     ///
     /// # Errors
     /// [`Error::Absent`] if fenced.
     pub fn publish(&mut self, job: Job, bytes: u64, payload: u64) -> Result<()> {
         self.check_fence()?;
         let at = self.shape.slot(job.slot);
-        let descriptor = Descriptor {
-            content: job.content,
-            bytes,
-            payload,
-            ordinal: job.ordinal,
-            signature: self.catalogue.signature,
-            generation: job.generation,
-        };
-        descriptor.write(&self.memory, at);
+        let signature = self.catalogue.signature;
+        Descriptor { content: job.content, bytes, payload, signature, generation: job.generation }.write(&self.memory, at);
+        self.give_up_claim(&job)?;
+        self.remember(job.slot, job.content, true);
+        // The stream it was made for may be gone (a new consumer, or a dead one): then the bytes are kept as free content.
+        let epoch = unpack_epoch(job.ordinal).0;
+        let stale =
+            epoch != self.consumer_epoch(job.consumer) || (self.streams[job.consumer].dead && self.streams[job.consumer].epoch == epoch);
+        if stale { Ok(()) } else { self.offer(&job) }
+    }
+
+    fn give_up_claim(&mut self, job: &Job) -> Result<()> {
         let ours = SlotWord { state: State::Filling, epoch: self.epoch, generation: job.generation };
-        // The stream it was made for may be gone (new consumer): then the bytes are kept as free content.
-        let stale = unpack_epoch(job.ordinal).0 != unpack_epoch(self.memory.load(consumer::POSTED)).0;
-        let state = if stale { State::Free } else { State::Ready };
-        if !stale {
-            // The word cannot name another delivery that is still awaited: that would be `slots` places away, and every place from the
-            // consumer's on has a slot of its own.
-            self.memory.store(self.shape.delivery(unpack_epoch(job.ordinal).1), delivery_word(job.ordinal, job.slot));
-        }
-        self.memory.swap(at + slot::STATE, ours.pack(), SlotWord { state, ..ours }.pack()).map_err(|found| self.fenced(job.slot, found))?;
-        self.trusted[job.slot] = true;
-        self.content.insert(job.content, job.slot);
+        self.memory
+            .swap(self.shape.slot(job.slot) + slot::STATE, ours.pack(), SlotWord { state: State::Free, ..ours }.pack())
+            .map_err(|found| self.fenced(job.slot, found))?;
+        self.slots[job.slot].job = None;
         Ok(())
+    }
+
+    /// Makes a consumer's share of a slot READY.
+    fn offer(&self, job: &Job) -> Result<()> {
+        let (epoch, ordinal) = unpack_epoch(job.ordinal);
+        // The word cannot name another delivery that is still awaited: that would be `slots` places away, and every place from the
+        // consumer's on has a slot of its own.
+        self.memory.store(self.shape.delivery(job.consumer, ordinal), delivery_word(job.ordinal, job.slot));
+        let (raw, share) = self.share(job.consumer, job.slot)?;
+        let ready = ShareWord { state: State::Ready, epoch, ordinal };
+        if share.state != State::Free {
+            return Err(self.fenced(job.slot, raw));
+        }
+        self.memory.swap(self.shape.share(job.consumer, job.slot), raw, ready.pack()).map_err(|found| self.fenced(job.slot, found))
     }
 
     /// Gives up a slot whose content proved wrong ([`Action::Verify`]); its place in the stream is served again.
@@ -387,54 +465,26 @@ impl<M: Words> Producer<M> {
     /// [`Error::Absent`] if fenced.
     pub fn abandon(&mut self, job: Job) -> Result<()> {
         self.check_fence()?;
-        let at = self.shape.slot(job.slot);
-        Descriptor::invalidate(&self.memory, at);
-        self.content.retain(|_, s| *s != job.slot);
-        let ours = SlotWord { state: State::Filling, epoch: self.epoch, generation: job.generation };
-        self.memory
-            .swap(at + slot::STATE, ours.pack(), SlotWord { state: State::Free, ..ours }.pack())
-            .map_err(|found| self.fenced(job.slot, found))?;
-        self.rewind_to(job.ordinal)
-    }
-
-    /// Moves the cursor back to the request that holds `ordinal`, if it is of the current stream.
-    fn rewind_to(&mut self, ordinal: u64) -> Result<()> {
-        let (epoch, ordinal) = unpack_epoch(ordinal);
-        if epoch != self.cursor.consumer_epoch {
+        Descriptor::invalidate(&self.memory, self.shape.slot(job.slot));
+        self.forget(job.slot);
+        self.give_up_claim(&job)?;
+        let (epoch, ordinal) = unpack_epoch(job.ordinal);
+        let stream = &mut self.streams[job.consumer];
+        if epoch != stream.epoch {
             return Ok(());
         }
-        let mut sequence = self.cursor.sequence.min(self.known.saturating_sub(1));
-        while let Some((block, first)) = self.request(sequence)? {
-            if first <= ordinal {
-                self.cursor = Cursor { sequence, chunk: (ordinal - first) as u16, ..self.cursor };
-                break;
-            }
-            // Served in full already: it is in the future again.
-            let queue = &mut self.future[usize::from(block)];
-            if queue.front() != Some(&sequence) && sequence < self.known {
-                queue.push_front(sequence);
-            }
-            let Some(before) = sequence.checked_sub(1) else { break };
-            sequence = before;
-        }
-        let sequence = self.cursor.sequence;
-        if let Some((block, _)) = self.request(sequence)? {
-            let queue = &mut self.future[usize::from(block)];
-            if queue.front().is_none_or(|s| *s > sequence) {
-                queue.push_front(sequence);
-            }
-        }
-        Ok(())
+        stream.rewind_to(&self.memory, &self.shape, ordinal)
     }
 
-    /// READY slots with the payload checksum that each must have, for the driver to compare after a restart.
+    /// Slots that consumers have a share of, with their bytes and the payload checksum that each must have, for the driver to compare
+    /// after a restart: [`Self::confirm`] or [`Self::drop_ready`].
     ///
     /// # Errors
     /// [`Error::Invariant`] if a state word holds no state.
     pub fn ready_slots(&self) -> Result<Vec<(usize, u64, u64)>> {
         let mut ready = Vec::new();
         for index in 0..self.shape.slots {
-            if self.slot_word(index)?.1.state == State::Ready
+            if self.is_out(index)?
                 && let Some(d) = Descriptor::read(&self.memory, self.shape.slot(index))
             {
                 ready.push((index, d.bytes, d.payload));
@@ -443,32 +493,32 @@ impl<M: Words> Producer<M> {
         Ok(ready)
     }
 
-    /// Frees a READY slot whose payload proved wrong, unless the consumer has it already (which compares for itself). Its place in
-    /// the stream is served again, because the slot no longer carries it.
+    /// Says that a slot of [`Self::ready_slots`] has the payload that it should have: it may be offered to others.
+    pub fn confirm(&mut self, index: usize) {
+        if let Some(slot) = self.slots.get_mut(index) {
+            slot.trusted = slot.content.is_some();
+        }
+    }
+
+    /// Takes back what was offered of a slot whose payload proved wrong, except from a consumer that has it already (which compares for
+    /// itself). The places in the streams are served again, because no share carries them any more.
     ///
     /// # Errors
     /// [`Error::Invariant`] if a state word holds no state.
     pub fn drop_ready(&mut self, index: usize) -> Result<()> {
-        let at = self.shape.slot(index);
-        let (raw, word) = self.slot_word(index)?;
-        let freed = SlotWord { state: State::Free, epoch: self.epoch, ..word };
-        if word.state == State::Ready && self.memory.swap(at + slot::STATE, raw, freed.pack()).is_ok() {
-            Descriptor::invalidate(&self.memory, at);
-            self.content.retain(|_, s| *s != index);
+        let (_, word) = self.slot_word(index)?;
+        self.memory.store(self.shape.slot(index) + slot::DAMAGED, word.generation);
+        self.forget(index);
+        for consumer in 0..self.shape.consumers {
+            self.free_share(consumer, index, |s| s.state == State::Ready)?;
         }
         Ok(())
     }
 
-    /// READY or LEASED slots, for the display.
-    ///
-    /// # Errors
-    /// [`Error::Invariant`] if a state word holds no state.
-    pub fn occupied(&self) -> Result<u32> {
-        let mut n = 0;
-        for index in 0..self.shape.slots {
-            n += u32::from(matches!(self.slot_word(index)?.1.state, State::Ready | State::Leased));
-        }
-        Ok(n)
+    /// Slots that some consumer has READY or LEASED, for the display.
+    #[must_use]
+    pub fn occupied(&self) -> u32 {
+        self.shape.occupied(&self.memory) as u32
     }
 
     fn check_fence(&self) -> Result<()> {
@@ -480,7 +530,7 @@ impl<M: Words> Producer<M> {
         match self.check_fence() {
             Err(e) => e,
             Ok(()) => Error::invariant(format!("slot {index} changed while the loader held it"))
-                .found(format!("{:?}", SlotWord::unpack(found)))
+                .found(format!("{found:#018x}"))
                 .advice("this is a defect: please report it with the logs"),
         }
     }

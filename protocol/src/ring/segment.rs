@@ -4,15 +4,15 @@
 //! a page would be a SIGBUS: the pages are reserved with `posix_fallocate` before anything is written. And its Drop would unlink a
 //! name that may belong to someone else by then: ownership is dropped at once, and [`Segment::leave`] unlinks when the last user goes.
 //!
-//! Roles are open-file-description locks on bytes of the segment file: byte 0 loader, byte 1 consumer, byte 2 shared by everyone
-//! attached. The kernel drops them exactly when the process is gone, so a lock that can be taken is proof of death.
+//! Roles are open-file-description locks on bytes of the segment file: byte 0 loader, byte 1 first consumer, byte 2 shared by everyone
+//! attached, from byte 3 on the other consumers. The kernel drops them exactly when the process is gone, so a lock that can be taken is proof of death.
 //!
 //! The mapped words and payload slices are here; advice about the memory is in [`super::pages`].
 
 use std::fs::File;
 use std::os::fd::AsFd;
 use std::os::unix::fs::MetadataExt;
-use std::path::{Path, PathBuf};
+use std::path::Path;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU32, AtomicU64, Ordering};
 use std::time::{Duration, Instant};
@@ -23,111 +23,38 @@ use rustix::thread::futex;
 use shared_memory::{Shmem, ShmemConf};
 
 use super::guard::Guarded;
-use super::words::{
-    ENDIAN_TAG, LAYOUT_VERSION, MAGIC, READY_TAG, REQUEST_CAPACITY, SLOTS_MAX, Shape, SlotWord, State, Words, checksum, header, slot,
-};
-use crate::config::PayloadForm;
+pub use super::spec::RingSpec;
+use super::spec::{HEADER_WORDS, SHM_FOLDER, same_header};
+use super::words::{CONSUMERS_MAX, READY_TAG, Shape, Words, checksum, header};
 use crate::error::{Error, Result};
 use crate::faults::point;
 
-/// Where the kernel shows named segments.
-const SHM_FOLDER: &str = "/dev/shm";
 /// Longest sleep on a futex: after it, the peer is looked at again.
 pub const WAIT_MAX: Duration = Duration::from_millis(100);
-const PAGE: usize = 4096;
 /// How long a loader tries to replace a ring that somebody looks at.
 const REPLACE_PATIENCE: Duration = Duration::from_secs(2);
-
-/// What a segment is for; two segments of equal specification are interchangeable.
-#[derive(Debug, Clone, PartialEq, Eq)]
-pub struct RingSpec {
-    /// Name below /dev/shm.
-    pub name: String,
-    /// Slots.
-    pub slots: usize,
-    /// Payload bytes of a slot, a multiple of 4096.
-    pub chunk_bytes: u64,
-    /// Signature of the slab.
-    pub signature: u64,
-    /// What the payload is.
-    pub form: PayloadForm,
-    /// Blocks of the model.
-    pub blocks: usize,
-}
-
-impl RingSpec {
-    /// Where words are in a segment of this specification.
-    #[must_use]
-    pub fn shape(&self) -> Shape {
-        Shape { slots: self.slots, requests: REQUEST_CAPACITY }
-    }
-
-    fn payload_at(&self) -> usize {
-        (self.shape().words() * 8).next_multiple_of(PAGE)
-    }
-
-    /// Bytes of the whole segment.
-    #[must_use]
-    pub fn bytes(&self) -> u64 {
-        self.payload_at() as u64 + self.slots as u64 * self.chunk_bytes
-    }
-
-    fn header(&self) -> [u64; 11] {
-        let mut words = [0; 11];
-        words[header::MAGIC] = MAGIC;
-        words[header::VERSION] = LAYOUT_VERSION;
-        words[header::ENDIAN] = ENDIAN_TAG;
-        words[header::BYTES] = self.bytes();
-        words[header::SLOTS] = self.slots as u64;
-        words[header::CHUNK_BYTES] = self.chunk_bytes;
-        words[header::SIGNATURE] = self.signature;
-        words[header::FORM] = match self.form {
-            PayloadForm::Bf16 => 1,
-            PayloadForm::Int8 => 2,
-        };
-        words[header::REQUESTS] = REQUEST_CAPACITY as u64;
-        words[header::BOOT] = boot_digest();
-        words[header::BLOCKS] = self.blocks as u64;
-        words
-    }
-
-    fn check(&self) -> Result<()> {
-        if self.slots == 0 || self.slots > SLOTS_MAX || self.chunk_bytes == 0 || !self.chunk_bytes.is_multiple_of(PAGE as u64) {
-            return Err(Error::config("the ring has no usable shape")
-                .expected(format!("1 to {SLOTS_MAX} slots of a multiple of {PAGE} bytes"))
-                .found(format!("{} slots of {} bytes", self.slots, self.chunk_bytes))
-                .advice("set memory.stagehand.pinned_pool_mb to a multiple of ring_chunk_mb"));
-        }
-        Ok(())
-    }
-
-    /// Path of the segment file.
-    #[must_use]
-    pub fn path(&self) -> PathBuf {
-        Path::new(SHM_FOLDER).join(&self.name)
-    }
-}
 
 /// Who may hold the ring, as lock bytes of the segment file.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum RingRole {
     /// Fills slots.
     Loader,
-    /// Leases them.
-    Consumer,
+    /// Leases them: the consumer with this index.
+    Consumer(usize),
 }
 
 impl RingRole {
     fn byte(self) -> i64 {
         match self {
             RingRole::Loader => 0,
-            RingRole::Consumer => 1,
+            RingRole::Consumer(0) => 1,
+            RingRole::Consumer(index) => ATTACHED_BYTE + index as i64,
         }
     }
-    fn pid_word(self) -> usize {
+    fn pid_word(self, shape: &Shape) -> usize {
         match self {
             RingRole::Loader => super::words::loader::PID,
-            RingRole::Consumer => super::words::consumer::PID,
+            RingRole::Consumer(index) => shape.at(index, super::words::consumer::PID),
         }
     }
 }
@@ -171,12 +98,12 @@ impl Segment {
             match File::options().read(true).write(true).open(&path) {
                 Ok(file) => {
                     if !lock(&file, RingRole::Loader.byte(), libc::F_WRLCK)? {
-                        return Err(busy(&path, RingRole::Loader, &file));
+                        return Err(busy(spec, RingRole::Loader, &file));
                     }
                     if !is_current(&file, &path) {
                         continue;
                     }
-                    let finished = Self::map(spec, file.try_clone().map_err(|e| Error::io("cannot use the ring", &path, e))?);
+                    let finished = Self::map(spec, None, file.try_clone().map_err(|e| Error::io("cannot use the ring", &path, e))?);
                     match finished {
                         // try_clone shares the open file description, and with it the locks.
                         Ok(segment) => return Ok(segment),
@@ -223,12 +150,10 @@ impl Segment {
                 .advice("lower memory.stagehand.pinned_pool_mb, or give /dev/shm more room (mount -o remount,size=...)"));
         }
         point("segment-reserved");
-        let segment = Self::wrap(shmem, file, spec)?;
+        let guarded = Guarded::new(shmem.as_ptr(), shmem.len())?;
+        let segment = Self::wrap((guarded, shmem), file, spec)?;
         let words = segment.words();
-        let free = SlotWord { state: State::Free, epoch: 0, generation: 0 }.pack();
-        for index in 0..spec.slots {
-            words.store(segment.shape().slot(index) + slot::STATE, free);
-        }
+        segment.shape().format(words);
         let head = spec.header();
         for (i, word) in head.into_iter().enumerate() {
             words.store(i, word);
@@ -241,81 +166,94 @@ impl Segment {
         Ok(Some(segment))
     }
 
-    /// For the consumer: opens the segment if it is there and finished, and takes the consumer's role. `None`: not there yet.
+    /// For the first consumer: [`Self::open_as`] with index 0.
     ///
     /// # Errors
-    /// [`Error::Absent`] if another consumer has the role, [`Error::Data`] if the segment is of another slab or shape.
+    /// As [`Self::open_as`].
     pub fn open(spec: &RingSpec) -> Result<Option<Self>> {
+        Self::open_as(spec, 0)
+    }
+
+    /// For a consumer: opens the segment if it is there and finished, and takes the role of consumer `index`. How many consumers there
+    /// are is what the segment says, not `spec`. `None`: not there yet.
+    ///
+    /// # Errors
+    /// [`Error::Absent`] if another consumer has the role, [`Error::Data`] if the segment is of another slab or shape, [`Error::Config`] if
+    /// it has no such consumer.
+    pub fn open_as(spec: &RingSpec, index: usize) -> Result<Option<Self>> {
         spec.check()?;
+        if index >= CONSUMERS_MAX {
+            return Err(Error::config("a ring has no such consumer").expected(format!("0 to {}", CONSUMERS_MAX - 1)).found(index));
+        }
         let path = spec.path();
         let file = match File::options().read(true).write(true).open(&path) {
             Ok(file) => file,
             Err(e) if e.kind() == std::io::ErrorKind::NotFound => return Ok(None),
             Err(e) => return Err(Error::io("cannot open the ring", &path, e)),
         };
-        if !lock(&file, RingRole::Consumer.byte(), libc::F_WRLCK)? {
-            return Err(busy(&path, RingRole::Consumer, &file));
+        let role = RingRole::Consumer(index);
+        if !lock(&file, role.byte(), libc::F_WRLCK)? {
+            return Err(busy(spec, role, &file));
         }
         // The shared lock comes before the look at the name: from here on nobody unlinks what we are about to map.
         if !lock(&file, ATTACHED_BYTE, libc::F_RDLCK)? || !is_current(&file, &path) {
             return Ok(None);
         }
-        match Self::map(spec, file) {
+        match Self::map(spec, Some(index), file) {
             Ok(segment) => Ok(Some(segment)),
             Err(Unusable::NotReady) => Ok(None),
             Err(Unusable::Other(error)) => Err(error),
         }
     }
 
-    /// Maps an existing file and checks its header against `spec`.
-    fn map(spec: &RingSpec, file: File) -> Result<Self, Unusable> {
+    /// Maps an existing file and checks its header against `spec`; for a consumer, with the number of consumers that it finds there.
+    fn map(spec: &RingSpec, consumer: Option<usize>, file: File) -> Result<Self, Unusable> {
         let path = spec.path();
         let length = file.metadata().map_err(|e| Error::io("cannot inspect the ring", &path, e))?.len();
         if length < (header::READY as u64 + 1) * 8 {
             return Err(Unusable::NotReady);
         }
         let shmem = ShmemConf::new().os_id(&spec.name).open().map_err(|e| Error::absent("cannot map the ring").at(&path).cause(e))?;
-        let wrapped = Self::wrap(shmem, file, spec)?;
-        let words = wrapped.words();
+        if shmem.len() < (header::READY + 1) * 8 {
+            return Err(Unusable::NotReady);
+        }
+        // From the first look on: whoever cuts the file short now ends this process with a message.
+        let guarded = Guarded::new(shmem.as_ptr(), shmem.len())?;
+        // SAFETY: the mapping has these words (checked above), starts on a page, and lives as long as `shmem`.
+        let words = unsafe { std::slice::from_raw_parts(shmem.as_ptr().cast::<AtomicU64>(), header::READY + 1) };
         if words.load(header::READY) != READY_TAG {
             return Err(Unusable::NotReady);
         }
-        let expected = spec.header();
-        let mut found = [0; 11];
+        let mut found = [0; HEADER_WORDS];
         for (i, word) in found.iter_mut().enumerate() {
             *word = words.load(i);
         }
         if words.load(header::CHECKSUM) != checksum(&found) {
             return Err(Error::data("the ring's header is torn: its checksum does not hold").at(&path).offset(0).into());
         }
-        const FIELDS: [&str; 11] = [
-            "magic",
-            "version",
-            "byte order",
-            "bytes",
-            "slots",
-            "chunk bytes",
-            "slab signature",
-            "payload form",
-            "request queue",
-            "boot",
-            "blocks",
-        ];
-        for (i, field) in FIELDS.iter().enumerate() {
-            if found[i] != expected[i] {
-                return Err(Error::data(format!("the ring in shared memory was made for something else: its {field} differs"))
-                    .at(&path)
-                    .offset(i as u64 * 8)
-                    .expected(format!("{:#x}", expected[i]))
-                    .found(format!("{:#x}", found[i]))
-                    .advice("stop the other run that uses this output folder, or start the loader first: it replaces a ring nobody uses")
-                    .into());
+        let mut spec = spec.clone();
+        if let Some(index) = consumer {
+            let made_for = found[header::CONSUMERS] as usize;
+            // A number that no loader writes fails the comparison below.
+            spec.consumers = if (1..=CONSUMERS_MAX).contains(&made_for) { made_for } else { spec.consumers };
+            same_header(&spec, &found)?;
+            if index >= spec.consumers {
+                return Err(Error::config(format!(
+                    "the ring was made for {made_for} trainers, and this one would be number {}",
+                    index + 1
+                ))
+                .at(&path)
+                .expected(format!("--consumer 0 to {}", made_for - 1))
+                .found(format!("--consumer {index}"))
+                .advice("start serenity-loader with --consumers N")
+                .into());
             }
         }
-        Ok(wrapped)
+        same_header(&spec, &found)?;
+        Ok(Self::wrap((guarded, shmem), file, &spec)?)
     }
 
-    fn wrap(shmem: Shmem, file: File, spec: &RingSpec) -> Result<Self> {
+    fn wrap((guarded, shmem): (Guarded, Shmem), file: File, spec: &RingSpec) -> Result<Self> {
         let (shape, payload_at) = (spec.shape(), spec.payload_at());
         if (shmem.len() as u64) < spec.bytes() {
             return Err(Error::data("the ring in shared memory is shorter than its shape needs")
@@ -326,7 +264,6 @@ impl Segment {
         if !lock(&file, ATTACHED_BYTE, libc::F_RDLCK)? {
             return Err(Error::try_again("the ring is being removed by another process").at(spec.path()));
         }
-        let guarded = Guarded::new(shmem.as_ptr(), shmem.len())?;
         Ok(Self { inner: Arc::new(Mapping { _guarded: guarded, shmem, file, spec: spec.clone(), shape, payload_at }) })
     }
 
@@ -346,9 +283,7 @@ impl Segment {
     pub fn leave(self) {
         let path = self.inner.spec.path();
         let file = &self.inner.file;
-        for byte in [RingRole::Loader.byte(), RingRole::Consumer.byte(), ATTACHED_BYTE] {
-            let _ = lock(file, byte, libc::F_UNLCK);
-        }
+        let _ = fcntl(file.as_fd(), FcntlArg::F_OFD_SETLK(&libc::flock { l_len: 0, ..flock_of(0, libc::F_UNLCK) }));
         unlink_if_unused(&path);
     }
 
@@ -448,8 +383,9 @@ impl Segment {
     /// Records this process as the holder of `role`, for messages.
     pub fn sign(&self, role: RingRole) {
         let pid = std::process::id();
-        self.words().store(role.pid_word(), u64::from(pid));
-        self.words().store(role.pid_word() + 1, start_time(pid).unwrap_or(0));
+        let word = role.pid_word(&self.shape());
+        self.words().store(word, u64::from(pid));
+        self.words().store(word + 1, start_time(pid).unwrap_or(0));
     }
 }
 
@@ -515,24 +451,27 @@ fn would_lock(file: &File, byte: i64) -> bool {
     fcntl(file.as_fd(), FcntlArg::F_OFD_GETLK(&mut query)).is_ok() && i32::from(query.l_type) == libc::F_UNLCK
 }
 
-fn busy(path: &Path, role: RingRole, file: &File) -> Error {
+fn busy(spec: &RingSpec, role: RingRole, file: &File) -> Error {
+    let signature = role.pid_word(&spec.shape());
     let word = |index: usize| {
         let mut word = [0u8; 8];
         std::os::unix::fs::FileExt::read_exact_at(file, &mut word, index as u64 * 8).map(|()| u64::from_ne_bytes(word)).ok()
     };
     // The words may be a dead holder's, and its number another process's by now: the start time tells.
-    let signed = word(role.pid_word()).zip(word(role.pid_word() + 1));
+    let signed = word(signature).zip(word(signature + 1));
     let holder = match signed {
         Some((pid, start)) if pid != 0 && u32::try_from(pid).ok().and_then(start_time) == Some(start) => format!("process {pid}"),
         _ => "another process".to_string(),
     };
-    let name = match role {
-        RingRole::Loader => "loader",
-        RingRole::Consumer => "trainer",
+    let (name, other) = match role {
+        RingRole::Loader => ("loader", String::new()),
+        RingRole::Consumer(0) => ("trainer", String::new()),
+        RingRole::Consumer(index) => ("trainer", format!(" as consumer {index}")),
     };
-    Error::absent(format!("the ring already has a {name}: {holder}"))
-        .at(path)
-        .advice(format!("stop that {name}, or use another output_dir for this run"))
+    let way_out = if role == RingRole::Loader { "" } else { ", give this one another --consumer (if the loader feeds several)" };
+    Error::absent(format!("the ring already has a {name}{other}: {holder}"))
+        .at(spec.path())
+        .advice(format!("stop that {name}{way_out}, or use another output_dir for this run"))
 }
 
 /// Start time of a process in clock ticks since boot, field 22 of `/proc/PID/stat`: tells a process from a later one with its number.
@@ -540,11 +479,6 @@ fn busy(path: &Path, role: RingRole, file: &File) -> Error {
 pub fn start_time(pid: u32) -> Option<u64> {
     let stat = std::fs::read_to_string(format!("/proc/{pid}/stat")).ok()?;
     stat.rsplit_once(')')?.1.split_whitespace().nth(19)?.parse().ok()
-}
-
-fn boot_digest() -> u64 {
-    let id = std::fs::read("/proc/sys/kernel/random/boot_id").unwrap_or_default();
-    xxhash_rust::xxh3::xxh3_64(&id)
 }
 
 /// Reserves the pages; a signal interrupts the reservation of a large segment.

@@ -7,7 +7,7 @@ use std::sync::atomic::AtomicU64;
 use super::consumer::{Consumer, Leased};
 use super::producer::{Action, Catalogue, Job, Producer};
 use super::segment::{RingRole, RingSpec, Segment};
-use super::words::{ChunkId, Descriptor, Shape, SlotWord, State, Words, slot};
+use super::words::{ChunkId, Descriptor, Shape, ShareWord, SlotWord, State, Words, slot};
 use crate::config::PayloadForm;
 
 const SIGNATURE: u64 = 77;
@@ -51,10 +51,7 @@ struct World<'a> {
 
 impl<'a> World<'a> {
     fn new(memory: &'a [AtomicU64], shape: Shape, catalogue: Catalogue) -> Self {
-        let free = SlotWord { state: State::Free, epoch: 0, generation: 0 }.pack();
-        for i in 0..shape.slots {
-            memory.store(shape.slot(i) + slot::STATE, free);
-        }
+        shape.format(memory);
         Self {
             memory,
             shape,
@@ -102,7 +99,7 @@ impl<'a> World<'a> {
 
     fn consumer_step(&mut self, dice: &mut Dice) {
         let Some(consumer) = &mut self.consumer else {
-            self.consumer = Some(Consumer::attach(self.memory, self.shape, self.catalogue.clone()).unwrap());
+            self.consumer = Some(Consumer::attach_as(self.memory, self.shape, self.catalogue.clone(), 0).unwrap());
             return;
         };
         match dice.roll(4) {
@@ -151,7 +148,8 @@ impl<'a> World<'a> {
             let word = SlotWord::unpack(self.memory.load(self.shape.slot(i) + slot::STATE)).expect("a known state");
             assert!(word.generation >= self.generations[i], "a generation decreased");
             self.generations[i] = word.generation;
-            if matches!(word.state, State::Ready | State::Leased) {
+            let share = ShareWord::unpack(self.memory.load(self.shape.share(0, i))).expect("a known state");
+            if share.state != State::Free {
                 let descriptor = Descriptor::read(self.memory, self.shape.slot(i)).expect("READY carries a valid descriptor");
                 assert_eq!(self.bytes[i], Some(descriptor.content));
             }
@@ -161,7 +159,7 @@ impl<'a> World<'a> {
 
 fn play(seed: u64, crashes: bool) -> u64 {
     let mut dice = Dice::new(seed);
-    let shape = Shape { slots: 1 + dice.roll(6) as usize, requests: 4 + dice.roll(8) as usize };
+    let shape = Shape { slots: 1 + dice.roll(6) as usize, requests: 4 + dice.roll(8) as usize, consumers: 1 };
     let catalogue = Catalogue { chunks: (0..1 + dice.roll(5)).map(|_| 1 + dice.roll(3) as u16).collect(), signature: SIGNATURE };
     let memory: Vec<AtomicU64> = (0..shape.words()).map(|_| AtomicU64::new(0)).collect();
     let mut world = World::new(&memory, shape, catalogue);
@@ -201,12 +199,12 @@ fn every_schedule_with_crashes_delivers_in_order() {
 
 /// Forward, backward, forward, backward over `blocks` blocks of one chunk with a pool of `slots`: how many fills it takes.
 fn fills_of_steps(blocks: u16, slots: usize, steps: usize) -> u64 {
-    let shape = Shape { slots, requests: 4096 };
+    let shape = Shape { slots, requests: 4096, consumers: 1 };
     let memory: Vec<AtomicU64> = (0..shape.words()).map(|_| AtomicU64::new(0)).collect();
     let catalogue = Catalogue { chunks: vec![1; usize::from(blocks)], signature: SIGNATURE };
     let mut world = World::new(&memory, shape, catalogue.clone());
     let mut producer = Producer::attach(&memory[..], shape, catalogue.clone()).unwrap();
-    let mut consumer = Consumer::attach(&memory[..], shape, catalogue).unwrap();
+    let mut consumer = Consumer::attach_as(&memory[..], shape, catalogue, 0).unwrap();
     for _ in 0..steps {
         let pass: Vec<u16> = (0..blocks).chain((0..blocks - 1).rev()).collect();
         assert_eq!(consumer.post(&pass).unwrap(), pass.len());
@@ -249,14 +247,163 @@ fn a_smaller_pool_reads_no_more_than_what_does_not_fit() {
     }
 }
 
+/// A ring with a producer that fills at once, and consumers of a model with blocks of one chunk.
+struct Fleet {
+    shape: Shape,
+    memory: std::rc::Rc<Vec<AtomicU64>>,
+    producer: Producer<std::rc::Rc<Vec<AtomicU64>>>,
+    consumers: Vec<Consumer<std::rc::Rc<Vec<AtomicU64>>>>,
+    fills: u64,
+}
+
+impl Words for std::rc::Rc<Vec<AtomicU64>> {
+    fn load(&self, index: usize) -> u64 {
+        self.as_slice().load(index)
+    }
+    fn store(&self, index: usize, value: u64) {
+        self.as_slice().store(index, value);
+    }
+    fn swap(&self, index: usize, old: u64, new: u64) -> Result<(), u64> {
+        self.as_slice().swap(index, old, new)
+    }
+}
+
+impl Fleet {
+    fn new(blocks: u16, slots: usize, consumers: usize) -> Self {
+        let shape = Shape { slots, requests: 256, consumers };
+        let memory = std::rc::Rc::new((0..shape.words()).map(|_| AtomicU64::new(0)).collect::<Vec<_>>());
+        shape.format(&memory);
+        let catalogue = Catalogue { chunks: vec![1; usize::from(blocks)], signature: SIGNATURE };
+        let attach = |index| Consumer::attach_as(memory.clone(), shape, catalogue.clone(), index).unwrap();
+        let consumers = (0..consumers).map(attach).collect();
+        let producer = Producer::attach(memory.clone(), shape, catalogue.clone()).unwrap();
+        Self { shape, memory, producer, consumers, fills: 0 }
+    }
+
+    fn serve(&mut self) {
+        loop {
+            match self.producer.next_action().unwrap() {
+                Action::Wait => return,
+                Action::Republished(_) => {}
+                Action::Fill(job) => {
+                    self.fills += 1;
+                    self.producer.publish(job, 8, payload_of(job.content)).unwrap();
+                }
+                Action::Verify(..) => panic!("nothing is older than this loader"),
+            }
+        }
+    }
+
+    /// Serves and takes one chunk, which must be there.
+    fn take(&mut self, index: usize, block: u16) {
+        self.serve();
+        let lease = self.consumers[index].try_lease().unwrap().expect("delivered");
+        assert_eq!((lease.content.block, lease.checksum), (block, payload_of(lease.content)));
+        self.consumers[index].release(&lease).unwrap();
+    }
+}
+
+#[test]
+fn consumers_in_step_share_every_fill() {
+    let mut fleet = Fleet::new(9, 8, 3);
+    let pass: Vec<u16> = (0..9).chain((0..8).rev()).collect();
+    for consumer in &mut fleet.consumers {
+        assert_eq!(consumer.post(&pass).unwrap(), pass.len());
+    }
+    for &block in &pass {
+        (0..3).for_each(|index| fleet.take(index, block));
+    }
+    let alone = fills_of_steps(9, 8, 1);
+    assert!(fleet.fills <= alone + 2, "{} fills for three consumers, {alone} for one", fleet.fills);
+}
+
+#[test]
+fn a_consumer_that_stands_still_with_all_that_it_may_have_holds_nobody_up() {
+    for slots in 2..9 {
+        let mut fleet = Fleet::new(9, slots, 2);
+        let pass: Vec<u16> = (0..9).chain((0..8).rev()).collect();
+        fleet.consumers[0].post(&[3, 7, 1, 8, 0, 2, 4, 5, 6]).unwrap();
+        // It leases one chunk, is offered others, and is not heard of again.
+        fleet.serve();
+        assert!(fleet.consumers[0].try_lease().unwrap().is_some());
+        fleet.consumers[1].post(&pass).unwrap();
+        pass.iter().for_each(|block| fleet.take(1, *block));
+        let held = fleet.producer.occupied() as usize;
+        assert!(held <= fleet.shape.quota(), "{held} of {slots} slots for one of two consumers");
+    }
+}
+
+#[test]
+fn what_a_dead_consumer_held_is_free_again_and_its_successor_starts_anew() {
+    let mut fleet = Fleet::new(4, 4, 2);
+    fleet.consumers[0].post(&[0, 1, 2]).unwrap();
+    fleet.serve();
+    let held = fleet.consumers[0].try_lease().unwrap().expect("delivered");
+    let epoch = fleet.producer.consumer_epoch(0);
+    assert_eq!(fleet.producer.occupied(), 2, "one leased, one READY");
+    assert!(fleet.producer.bury(0, epoch).unwrap());
+    assert!(!fleet.producer.bury(0, epoch).unwrap(), "once is enough");
+    fleet.serve();
+    assert_eq!(fleet.producer.occupied(), 0, "nothing is delivered to the dead");
+    fleet.consumers[1].post(&[1, 0]).unwrap();
+    fleet.take(1, 1);
+    // The successor is of a later epoch: the funeral, late by a moment, does not reach it.
+    let catalogue = Catalogue { chunks: vec![1; 4], signature: SIGNATURE };
+    let mut heir = Consumer::attach_as(fleet.memory.clone(), fleet.shape, catalogue, 0).unwrap();
+    assert!(!fleet.producer.bury(0, epoch).unwrap());
+    assert_eq!(fleet.consumers[0].release(&held).unwrap_err().exit_code(), 69, "the first one is replaced");
+    heir.post(&[3]).unwrap();
+    fleet.consumers[0] = heir;
+    fleet.take(0, 3);
+    fleet.take(1, 0);
+}
+
+#[test]
+fn a_consumer_that_the_ring_has_no_room_for_is_refused() {
+    let memory: Vec<AtomicU64> = (0..4096).map(|_| AtomicU64::new(0)).collect();
+    let shape = Shape { slots: 2, requests: 4, consumers: 2 };
+    let catalogue = Catalogue { chunks: vec![1], signature: SIGNATURE };
+    let error = Consumer::attach_as(&memory[..], shape, catalogue, 2).err().expect("there are 0 and 1");
+    assert_eq!(error.exit_code(), 64);
+}
+
+#[test]
+fn segment_consumers_have_roles_of_their_own() {
+    let spec = RingSpec { consumers: 2, ..spec("two") };
+    let loader = Segment::open_or_create(&spec).unwrap();
+    // A trainer does not know how many others there are.
+    let alone = RingSpec { consumers: 1, ..spec.clone() };
+    let first = Segment::open_as(&alone, 0).unwrap().expect("ready");
+    first.sign(RingRole::Consumer(0));
+    let second = Segment::open_as(&alone, 1).unwrap().expect("ready");
+    second.sign(RingRole::Consumer(1));
+    assert_eq!(second.shape(), loader.shape());
+    let twin = Segment::open_as(&alone, 1).err().expect("two trainers with one identity");
+    assert_eq!(twin.exit_code(), 69);
+    assert!(twin.to_string().contains("consumer 1") && twin.to_string().contains(&std::process::id().to_string()), "{twin}");
+    assert_eq!(Segment::open_as(&alone, 2).err().expect("two only").exit_code(), 64);
+    first.leave();
+    assert!(!loader.is_held(RingRole::Consumer(0)) && loader.is_held(RingRole::Consumer(1)));
+    second.leave();
+    loader.leave();
+    assert!(!spec.path().exists());
+}
+
+#[test]
+fn more_consumers_than_slots_are_refused() {
+    let error = Segment::open_or_create(&RingSpec { consumers: 4, ..spec("crowd") }).err().expect("three slots");
+    assert_eq!(error.exit_code(), 64, "{error}");
+    assert!(error.to_string().contains("1 to 3"), "{error}");
+}
+
 #[test]
 fn a_second_loader_fences_the_first() {
-    let shape = Shape { slots: 2, requests: 8 };
+    let shape = Shape { slots: 2, requests: 8, consumers: 1 };
     let memory: Vec<AtomicU64> = (0..shape.words()).map(|_| AtomicU64::new(0)).collect();
     let catalogue = Catalogue { chunks: vec![1, 1], signature: SIGNATURE };
     World::new(&memory, shape, catalogue.clone());
     let mut first = Producer::attach(&memory[..], shape, catalogue.clone()).unwrap();
-    let mut consumer = Consumer::attach(&memory[..], shape, catalogue.clone()).unwrap();
+    let mut consumer = Consumer::attach_as(&memory[..], shape, catalogue.clone(), 0).unwrap();
     consumer.post(&[0, 1]).unwrap();
     let Action::Fill(job) = first.next_action().unwrap() else { panic!("a fill is due") };
     let _second = Producer::attach(&memory[..], shape, catalogue).unwrap();
@@ -273,6 +420,7 @@ fn spec(name: &str) -> RingSpec {
         signature: SIGNATURE,
         form: PayloadForm::Int8,
         blocks: 2,
+        consumers: 1,
     }
 }
 
@@ -286,7 +434,7 @@ fn segment_roles_are_exclusive_and_the_last_one_unlinks() {
     assert_eq!(second.exit_code(), 69);
     assert!(second.to_string().contains(&std::process::id().to_string()), "{second}");
     let trainer = Segment::open(&spec).unwrap().expect("ready");
-    assert!(loader.is_held(RingRole::Consumer) && trainer.is_held(RingRole::Loader));
+    assert!(loader.is_held(RingRole::Consumer(0)) && trainer.is_held(RingRole::Loader));
     loader.leave();
     assert!(spec.path().exists(), "the trainer is still attached");
     assert!(!trainer.is_held(RingRole::Loader));

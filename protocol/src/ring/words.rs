@@ -4,6 +4,11 @@
 //! [`super::producer`] and [`super::consumer`] know no other memory and make no system call, so that a model checker's or a
 //! simulator's memory can take the place of the mapped segment. Payload bytes are not words: they are written only by the holder of a
 //! FILLING slot and read only by the holder of a LEASED one.
+//!
+//! A ring has one loader and one or more consumers. Each consumer has an area of its own: its line, its request queue, its delivery
+//! words, and one *share* of every slot. A slot's own word says whether the loader is filling it (FREE or FILLING); its shares say what
+//! the consumers have of it (FREE, READY or LEASED). Shares become READY by the loader alone, and only while the slot is not FILLING; so a
+//! slot whose shares the loader has all seen FREE stays so until the loader itself offers it again, and may be filled.
 
 use std::sync::atomic::{AtomicU64, Ordering};
 
@@ -73,10 +78,12 @@ pub mod header {
     pub const BOOT: usize = 9;
     /// Blocks of the model.
     pub const BLOCKS: usize = 10;
+    /// Consumers that the ring has areas for.
+    pub const CONSUMERS: usize = 11;
     /// xxh3 of the words before.
-    pub const CHECKSUM: usize = 11;
+    pub const CHECKSUM: usize = 12;
     /// [`super::READY_TAG`], stored last: before it nothing else counts.
-    pub const READY: usize = 12;
+    pub const READY: usize = 13;
 }
 
 /// Words of the loader's line (own cache lines).
@@ -93,7 +100,7 @@ pub mod loader {
     pub const READ_BYTES: usize = 36;
 }
 
-/// Words of the consumer's line.
+/// Words of the first consumer's line; for another's see [`Shape::at`].
 pub mod consumer {
     /// Epoch (16 bits), number of requests posted in it (48).
     pub const POSTED: usize = 64;
@@ -103,20 +110,22 @@ pub mod consumer {
     pub const PID: usize = 66;
     /// Start time.
     pub const START: usize = 67;
-    /// Counts events for the consumer (published); its low half is the futex it sleeps on.
-    pub const WAKE: usize = 68;
     /// Epoch of the consumer that finished its work, else 0.
-    pub const FINISHED: usize = 69;
+    pub const FINISHED: usize = 68;
+    /// Counts events for the consumer (published); its low half is the futex it sleeps on. Written by the loader, so on a line of its own.
+    pub const WAKE: usize = 80;
 }
 
-/// First word of the request queue.
+/// First word of the first consumer's area.
+pub const CONSUMERS_AT: usize = 64;
+/// First word of the first consumer's request queue.
 pub const REQUESTS_AT: usize = 96;
 /// Words of a request: tag (epoch 16, sequence 32, block 16) and the ordinal of its first chunk.
 pub const REQUEST_WORDS: usize = 2;
 /// Words of a slot: one cache line.
 pub const SLOT_WORDS: usize = 8;
 /// Version of this layout; any change of a word's meaning raises it.
-pub const LAYOUT_VERSION: u64 = 2;
+pub const LAYOUT_VERSION: u64 = 3;
 /// Reads as something else on a machine of the other byte order.
 pub const ENDIAN_TAG: u64 = 0x0102_0304_0506_0708;
 /// First word of a segment.
@@ -127,6 +136,10 @@ pub const READY_TAG: u64 = u64::from_le_bytes(*b"RINGOPEN");
 pub const REQUEST_CAPACITY: usize = 4096;
 /// Most slots that a delivery word can name.
 pub const SLOTS_MAX: usize = 1 << 16;
+/// Most consumers of a ring.
+pub const CONSUMERS_MAX: usize = 64;
+/// Words that are brought into the cache together: areas of different writers keep this distance.
+const LINE_PAIR: usize = 16;
 /// Most chunks of a block that a position word can name.
 pub const CHUNKS_MAX: usize = (1 << 16) - 1;
 
@@ -138,45 +151,63 @@ pub mod slot {
     pub const CONTENT: usize = 1;
     /// Payload bytes.
     pub const BYTES: usize = 2;
-    /// Checksum of the payload, made of its pieces' ([`crate::slab::pieces`]).
+    /// Checksum of the payload.
     pub const PAYLOAD: usize = 3;
-    /// Place in the consumer's stream of chunks: consumer epoch (16), ordinal (48).
-    pub const ORDINAL: usize = 4;
     /// Signature of the slab that the bytes came from.
-    pub const SIGNATURE: usize = 5;
+    pub const SIGNATURE: usize = 4;
     /// Generation that the descriptor was written for.
-    pub const GENERATION: usize = 6;
-    /// xxh3 of the six words before; 0 while a slot is being filled.
-    pub const CHECKSUM: usize = 7;
+    pub const GENERATION: usize = 5;
+    /// xxh3 of the five words before; 0 while a slot is being filled.
+    pub const CHECKSUM: usize = 6;
+    /// Generation whose payload a process has found damaged: nobody is offered it again.
+    pub const DAMAGED: usize = 7;
 }
 
-/// Numbers that fix where things are: slots and request entries.
+/// Numbers that fix where things are.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct Shape {
     /// Slots of the ring.
     pub slots: usize,
-    /// Entries of the request queue.
+    /// Entries of each request queue.
     pub requests: usize,
+    /// Consumers.
+    pub consumers: usize,
 }
 
 impl Shape {
-    /// First word of request `sequence`.
-    #[must_use]
-    pub fn request(&self, sequence: u64) -> usize {
-        REQUESTS_AT + (sequence as usize % self.requests) * REQUEST_WORDS
+    /// Words from one consumer's area to the next one's.
+    fn stride(&self) -> usize {
+        (REQUESTS_AT - CONSUMERS_AT + self.requests * REQUEST_WORDS + 2 * self.slots).next_multiple_of(LINE_PAIR)
     }
 
-    /// Word that names the slot of `ordinal`.
+    /// A word of consumer `index`'s line; `word` is one of [`consumer`].
     #[must_use]
-    pub fn delivery(&self, ordinal: u64) -> usize {
-        REQUESTS_AT + self.requests * REQUEST_WORDS + (ordinal as usize % self.slots)
+    pub fn at(&self, index: usize, word: usize) -> usize {
+        word + index * self.stride()
+    }
+
+    /// First word of request `sequence` of consumer `index`.
+    #[must_use]
+    pub fn request(&self, index: usize, sequence: u64) -> usize {
+        self.at(index, REQUESTS_AT) + (sequence % self.requests as u64) as usize * REQUEST_WORDS
+    }
+
+    /// Word that names the slot of `ordinal` in consumer `index`'s stream.
+    #[must_use]
+    pub fn delivery(&self, index: usize, ordinal: u64) -> usize {
+        self.at(index, REQUESTS_AT) + self.requests * REQUEST_WORDS + (ordinal % self.slots as u64) as usize
+    }
+
+    /// Word of consumer `index`'s share of a slot.
+    #[must_use]
+    pub fn share(&self, index: usize, slot: usize) -> usize {
+        self.at(index, REQUESTS_AT) + self.requests * REQUEST_WORDS + self.slots + slot
     }
 
     /// First word of a slot's descriptor, on a cache line of its own.
     #[must_use]
     pub fn slot(&self, slot: usize) -> usize {
-        let after = REQUESTS_AT + self.requests * REQUEST_WORDS + self.slots;
-        after.next_multiple_of(SLOT_WORDS) + slot * SLOT_WORDS
+        self.at(self.consumers, CONSUMERS_AT) + slot * SLOT_WORDS
     }
 
     /// Number of words in all.
@@ -184,30 +215,60 @@ impl Shape {
     pub fn words(&self) -> usize {
         self.slot(self.slots)
     }
+
+    /// Slots that each consumer may have READY, LEASED or on their way: an equal part of the ring, so that however slow the others are
+    /// it can always get one.
+    #[must_use]
+    pub fn quota(&self) -> usize {
+        self.slots / self.consumers.max(1)
+    }
+
+    /// Makes zeroed memory a ring in which every slot is free.
+    pub fn format(&self, memory: &(impl Words + ?Sized)) {
+        for index in 0..self.slots {
+            memory.store(self.slot(index) + slot::STATE, SlotWord { state: State::Free, epoch: 0, generation: 0 }.pack());
+            for consumer in 0..self.consumers {
+                memory.store(self.share(consumer, index), ShareWord { state: State::Free, epoch: 0, ordinal: 0 }.pack());
+            }
+        }
+    }
+
+    /// Slots that some consumer has READY or LEASED, for the display.
+    #[must_use]
+    pub fn occupied(&self, memory: &(impl Words + ?Sized)) -> usize {
+        let out = |word: u64| ShareWord::unpack(word).is_some_and(|s| s.state != State::Free);
+        (0..self.slots).filter(|slot| (0..self.consumers).any(|c| out(memory.load(self.share(c, *slot))))).count()
+    }
 }
 
-/// State of a slot.
+/// State of a slot, or of a consumer's share of it.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 #[repr(u8)]
 pub enum State {
     /// Nobody's; content may be retained.
     Free = 1,
-    /// The loader's.
+    /// The loader's (slots only).
     Filling = 2,
-    /// Published, nobody's yet.
+    /// Offered to the consumer (shares only).
     Ready = 3,
-    /// The consumer's.
+    /// The consumer's (shares only).
     Leased = 4,
 }
 
-/// A slot's state word, unpacked.
+impl State {
+    fn of(word: u64) -> Option<Self> {
+        [Self::Free, Self::Filling, Self::Ready, Self::Leased].into_iter().find(|s| *s as u64 == word >> 56)
+    }
+}
+
+/// A slot's state word, unpacked: FREE or FILLING.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct SlotWord {
     /// State.
     pub state: State,
-    /// Epoch of whoever put it there: loader for FILLING and READY, consumer for LEASED.
+    /// Epoch of the loader that put it there.
     pub epoch: u16,
-    /// Grows with every fill or republication; never decreases.
+    /// Grows with every fill; never decreases.
     pub generation: u64,
 }
 
@@ -221,17 +282,40 @@ impl SlotWord {
         (self.state as u64) << 56 | u64::from(self.epoch) << 40 | (self.generation & GENERATION_MAX)
     }
 
-    /// Unpacks; `None` for a state that does not exist.
+    /// Unpacks; `None` for a state that a slot cannot have.
     #[must_use]
     pub fn unpack(word: u64) -> Option<Self> {
-        let state = match word >> 56 {
-            1 => State::Free,
-            2 => State::Filling,
-            3 => State::Ready,
-            4 => State::Leased,
-            _ => return None,
-        };
+        let state = State::of(word).filter(|s| matches!(s, State::Free | State::Filling))?;
         Some(Self { state, epoch: (word >> 40) as u16, generation: word & GENERATION_MAX })
+    }
+}
+
+/// A consumer's share of a slot, unpacked: FREE, READY or LEASED, and for which place in its stream.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct ShareWord {
+    /// State.
+    pub state: State,
+    /// Epoch of the consumer that it was offered to.
+    pub epoch: u16,
+    /// Place in that consumer's stream of chunks.
+    pub ordinal: u64,
+}
+
+/// Largest ordinal that a share holds: a thousand years of steps.
+pub const ORDINAL_MAX: u64 = (1 << 40) - 1;
+
+impl ShareWord {
+    /// Packs into a word.
+    #[must_use]
+    pub fn pack(self) -> u64 {
+        (self.state as u64) << 56 | u64::from(self.epoch) << 40 | (self.ordinal & ORDINAL_MAX)
+    }
+
+    /// Unpacks; `None` for a state that a share cannot have.
+    #[must_use]
+    pub fn unpack(word: u64) -> Option<Self> {
+        let state = State::of(word).filter(|s| *s != State::Filling)?;
+        Some(Self { state, epoch: (word >> 40) as u16, ordinal: word & ORDINAL_MAX })
     }
 }
 
@@ -282,8 +366,6 @@ pub struct Descriptor {
     pub bytes: u64,
     /// Checksum of the payload.
     pub payload: u64,
-    /// Consumer epoch and ordinal that it was published for.
-    pub ordinal: u64,
     /// Slab.
     pub signature: u64,
     /// Generation of the slot that it belongs to.
@@ -291,8 +373,8 @@ pub struct Descriptor {
 }
 
 impl Descriptor {
-    fn words(&self) -> [u64; 6] {
-        [self.content.pack(), self.bytes, self.payload, self.ordinal, self.signature, self.generation]
+    fn words(&self) -> [u64; 5] {
+        [self.content.pack(), self.bytes, self.payload, self.signature, self.generation]
     }
 
     /// Writes the descriptor of a slot that the caller holds FILLING; the checksum goes last.
@@ -312,15 +394,15 @@ impl Descriptor {
     /// Reads a descriptor; `None` unless its checksum holds.
     #[must_use]
     pub fn read(memory: &(impl Words + ?Sized), at: usize) -> Option<Self> {
-        let mut words = [0; 6];
+        let mut words = [0; 5];
         for (i, word) in words.iter_mut().enumerate() {
             *word = memory.load(at + slot::CONTENT + i);
         }
         if memory.load(at + slot::CHECKSUM) != checksum(&words) {
             return None;
         }
-        let [content, bytes, payload, ordinal, signature, generation] = words;
-        Some(Self { content: ChunkId::unpack(content)?, bytes, payload, ordinal, signature, generation })
+        let [content, bytes, payload, signature, generation] = words;
+        Some(Self { content: ChunkId::unpack(content)?, bytes, payload, signature, generation })
     }
 }
 

@@ -1,5 +1,6 @@
-//! A world for the ring's two state machines: memory that can end a role before or after any operation and let the other role run in
-//! the middle of it, a virtual clock, futexes that lose or delay wake-ups, payloads that rot, processes that come back.
+//! A world for the ring's state machines: memory that can end a role before or after any operation and let another role run in the middle
+//! of it, a virtual clock, futexes that lose or delay wake-ups, payloads that rot, processes that are stopped for a while, and a launcher
+//! that starts again what has died, and dies itself.
 //!
 //! What runs is the production core ([`Producer`], [`Consumer`]); this file replaces only what is around it: the mapped words, the
 //! kernel, and the driver loops of `loader/src/service.rs` and `trainer/src/ring_source.rs`. Every choice comes from one seed or from a
@@ -12,7 +13,7 @@ use std::rc::{Rc, Weak};
 
 use serenity_protocol::ring::consumer::{Consumer, Leased};
 use serenity_protocol::ring::producer::{Action, Catalogue, Job, Producer};
-use serenity_protocol::ring::words::{ChunkId, Descriptor, Shape, SlotWord, State, Words, consumer, loader, slot};
+use serenity_protocol::ring::words::{ChunkId, Descriptor, Shape, ShareWord, SlotWord, State, Words, consumer, loader, slot};
 
 pub const SIGNATURE: u64 = 77;
 /// Jobs that the loader has under way at most (its workers).
@@ -23,15 +24,19 @@ const SLEEP_MAX: u64 = 50;
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Role {
     Loader,
-    Consumer,
+    Consumer(usize),
+    /// Starts the others again; has no part in the memory.
+    Launcher,
 }
 
 impl Role {
-    fn other(self) -> Self {
-        if self == Role::Loader { Role::Consumer } else { Role::Loader }
-    }
-    fn wake_word(self) -> usize {
-        if self == Role::Loader { loader::WAKE } else { consumer::WAKE }
+    /// Place in tables of processes.
+    fn number(self) -> usize {
+        match self {
+            Role::Loader => 0,
+            Role::Consumer(index) => index + 1,
+            Role::Launcher => panic!("the launcher has no memory"),
+        }
     }
 }
 
@@ -49,6 +54,8 @@ pub enum Bug {
     LostWake,
     /// Payloads are not compared with their checksums.
     ChecksumNotCompared,
+    /// A slot counts as free when the first of its consumers has released it.
+    FreedByTheFirst,
 }
 
 /// What may happen at a memory operation, counted over both roles.
@@ -56,7 +63,7 @@ pub enum Bug {
 pub enum Event {
     CrashBefore(u64),
     CrashAfter(u64),
-    /// The other role takes a whole step before the operation.
+    /// Another role takes a whole step before the operation.
     Preempt(u64),
 }
 
@@ -104,7 +111,9 @@ pub struct Chances {
     pub wake: u64,
     /// One step in so many flips a bit of a payload in the ring; 0 = never.
     pub rot: u64,
-    /// Steps are chosen by dice; else loader and consumer alternate and do everything in order.
+    /// One step of the launcher in so many is its last; 0 = never.
+    pub orphan: u64,
+    /// Steps are chosen by dice; else the roles take turns and do everything in order, and what dies is back at its next turn.
     pub random: bool,
 }
 
@@ -149,9 +158,20 @@ pub struct World {
     chances: Cell<Chances>,
     bug: Bug,
     loader: RefCell<Option<Loader>>,
-    trainer: RefCell<Option<Trainer>>,
+    trainers: Vec<RefCell<Option<Trainer>>>,
     zombie_loader: RefCell<Option<Loader>>,
-    zombie_trainer: RefCell<Option<Trainer>>,
+    zombie_trainers: Vec<RefCell<Option<Trainer>>>,
+    /// Whether each process lives, and so holds its role lock.
+    living: Vec<Cell<bool>>,
+    /// Epoch of each living consumer that has attached, else 0.
+    epochs: Vec<Cell<u16>>,
+    /// A consumer that takes no step (stopped by a signal, say), and is not started again should it be dead.
+    pub stopped: Cell<Option<usize>>,
+    launcher_lives: Cell<bool>,
+    /// When the launcher starts each dead process again.
+    restart_at: Vec<Cell<Option<u64>>>,
+    /// For the seeded bug: slots that some consumer has released since they were filled.
+    released: Vec<Cell<bool>>,
     /// Set while a zombie runs: it may not change a word.
     frozen: Cell<bool>,
     depth: Cell<u32>,
@@ -161,7 +181,7 @@ pub struct World {
     posting: Cell<bool>,
     /// Operations so far; at this one the running role crashes.
     pub ops: Cell<u64>,
-    crash_at: [Cell<Option<u64>>; 2],
+    crash_at: Vec<Cell<Option<u64>>>,
     pub events: Vec<Event>,
     pub crashes: Cell<u64>,
     pub delivered: Cell<u64>,
@@ -172,10 +192,8 @@ pub struct World {
 impl World {
     pub fn new(shape: Shape, chunks: Vec<u16>, seed: u64, chances: Chances, bug: Bug, script: Vec<u16>, events: Vec<Event>) -> Rc<Self> {
         let words: Vec<Cell<u64>> = (0..shape.words()).map(|_| Cell::new(0)).collect();
-        let free = SlotWord { state: State::Free, epoch: 0, generation: 0 }.pack();
-        for i in 0..shape.slots {
-            words[shape.slot(i) + slot::STATE].set(free);
-        }
+        shape.format(&RawWords(&words));
+        let each = 0..shape.consumers;
         Rc::new(Self {
             catalogue: Catalogue { chunks, signature: SIGNATURE },
             words,
@@ -185,16 +203,22 @@ impl World {
             chances: Cell::new(chances),
             bug,
             loader: RefCell::new(Some(Loader::dead())),
-            trainer: RefCell::new(Some(Trainer::dead())),
+            trainers: each.clone().map(|_| RefCell::new(Some(Trainer::dead()))).collect(),
             zombie_loader: RefCell::new(None),
-            zombie_trainer: RefCell::new(None),
+            zombie_trainers: each.clone().map(|_| RefCell::new(None)).collect(),
+            living: (0..=shape.consumers).map(|_| Cell::new(false)).collect(),
+            epochs: each.map(|_| Cell::new(0)).collect(),
+            stopped: Cell::new(None),
+            launcher_lives: Cell::new(true),
+            restart_at: (0..=shape.consumers).map(|_| Cell::new(None)).collect(),
+            released: (0..shape.slots).map(|_| Cell::new(false)).collect(),
             frozen: Cell::new(false),
             depth: Cell::new(0),
             clock: Cell::new(0),
             script,
             posting: Cell::new(true),
             ops: Cell::new(0),
-            crash_at: [Cell::new(None), Cell::new(None)],
+            crash_at: (0..=shape.consumers).map(|_| Cell::new(None)).collect(),
             events,
             crashes: Cell::new(0),
             delivered: Cell::new(0),
@@ -215,30 +239,74 @@ impl World {
     /// One step of `role`: what its process would do between two looks at the shared words.
     pub fn step(self: &Rc<Self>, role: Role) {
         self.clock.set(self.clock.get() + 1);
+        if role == Role::Launcher {
+            return self.launcher_step();
+        }
         let chances = self.chances.get();
+        if self.stopped.get().is_some_and(|index| role == Role::Consumer(index)) || !self.is_up(role) {
+            return;
+        }
         let doomed = self.one_in(chances.crash);
         if doomed {
-            self.crash_at[role as usize].set(Some(self.ops.get() + 1 + self.dice.roll(40)));
+            self.crash_at[role.number()].set(Some(self.ops.get() + 1 + self.dice.roll(40)));
         }
+        // Without its launcher a process soon ends by itself, between two steps.
+        let ends = !self.launcher_lives.get() && self.dice.roll(8) == 0;
         match role {
+            Role::Launcher => {}
             Role::Loader => {
                 let Some(mut state) = self.loader.take() else { return };
-                let alive = survives(|| self.loader_step(&mut state));
+                let alive = !ends && survives(|| self.loader_step(&mut state));
                 let state = self.bury_loader(state, alive && !self.struck(role, doomed));
                 *self.loader.borrow_mut() = Some(state);
             }
-            Role::Consumer => {
-                let Some(mut state) = self.trainer.take() else { return };
-                let alive = survives(|| self.trainer_step(&mut state));
-                let state = self.bury_trainer(state, alive && !self.struck(role, doomed));
-                *self.trainer.borrow_mut() = Some(state);
+            Role::Consumer(index) => {
+                let Some(mut state) = self.trainers[index].take() else { return };
+                let alive = !ends && survives(|| self.trainer_step(index, &mut state));
+                let state = self.bury_trainer(index, state, alive && !self.struck(role, doomed));
+                *self.trainers[index].borrow_mut() = Some(state);
+            }
+        }
+    }
+
+    /// Whether the process is there to take a step. In a fixed plan a dead one is back at once.
+    fn is_up(&self, role: Role) -> bool {
+        let living = &self.living[role.number()];
+        if !self.chances.get().random {
+            living.set(true);
+        }
+        living.get()
+    }
+
+    /// Starts what is dead after a while; dies now and then, and is started again by the user.
+    fn launcher_step(&self) {
+        if !self.launcher_lives.get() {
+            self.launcher_lives.set(self.dice.roll(4) == 0);
+            return;
+        }
+        if self.one_in(self.chances.get().orphan) {
+            self.launcher_lives.set(false);
+            self.restart_at.iter().for_each(|at| at.set(None));
+            return;
+        }
+        let left_alone = self.stopped.get().map(|index| index + 1);
+        let processes = self.living.iter().zip(&self.restart_at).enumerate();
+        for (_, (living, at)) in processes.filter(|(number, (living, _))| !living.get() && Some(*number) != left_alone) {
+            match at.get() {
+                Some(at) if at > self.clock.get() => {}
+                // The process is there, and has its lock, from now on; it attaches in its own first step.
+                Some(_) => {
+                    at.set(None);
+                    living.set(true);
+                }
+                None => at.set(Some(self.clock.get() + self.dice.roll(30))),
             }
         }
     }
 
     /// A doomed step that was too short for its crash ends in one all the same.
     fn struck(&self, role: Role, doomed: bool) -> bool {
-        doomed && self.crash_at[role as usize].take().is_some()
+        doomed && self.crash_at[role.number()].take().is_some()
     }
 
     /// A dead loader's state, or now and then a zombie: a process that was given up though it lives.
@@ -247,19 +315,22 @@ impl World {
             return state;
         }
         self.crashes.set(self.crashes.get() + 1);
+        self.living[0].set(false);
         if self.chances.get().random && self.dice.roll(4) == 0 {
             *self.zombie_loader.borrow_mut() = Some(state);
         }
         Loader::dead()
     }
 
-    fn bury_trainer(&self, state: Trainer, alive: bool) -> Trainer {
+    fn bury_trainer(&self, index: usize, state: Trainer, alive: bool) -> Trainer {
         if alive {
             return state;
         }
         self.crashes.set(self.crashes.get() + 1);
+        self.living[index + 1].set(false);
+        self.epochs[index].set(0);
         if self.chances.get().random && self.dice.roll(4) == 0 {
-            *self.zombie_trainer.borrow_mut() = Some(state);
+            *self.zombie_trainers[index].borrow_mut() = Some(state);
         }
         Trainer::dead()
     }
@@ -271,18 +342,21 @@ impl World {
                 if self.bytes[index].get() != Some(payload) && self.bug != Bug::ChecksumNotCompared {
                     self.rotten_noticed.set(self.rotten_noticed.get() + 1);
                     producer.drop_ready(index).unwrap();
+                } else {
+                    producer.confirm(index);
                 }
             }
             state.producer = Some(producer);
             return;
         };
+        self.bury_the_dead(producer);
         let finish = if self.chances.get().random { self.dice.roll(2) == 0 } else { state.sleep.is_some() };
         if !state.jobs.is_empty() && (finish || state.jobs.len() > JOBS_MAX) {
             let pick = if self.chances.get().random { self.dice.roll(state.jobs.len() as u64) as usize } else { 0 };
             let job = state.jobs.remove(pick).unwrap();
             self.bytes[job.slot].set(Some(payload_of(job.content)));
             producer.publish(job, 8, payload_of(job.content)).unwrap();
-            self.wake(Role::Consumer);
+            self.wake(Role::Consumer(job.consumer));
             self.wake(Role::Loader);
             state.sleep = None;
             return;
@@ -290,10 +364,10 @@ impl World {
         if self.still_asleep(&mut state.sleep) || state.jobs.len() > JOBS_MAX {
             return;
         }
-        let ticket = self.words[loader::WAKE].get();
+        let ticket = self.words[self.wake_word(Role::Loader)].get();
         match producer.next_action().unwrap() {
             Action::Wait => state.sleep = self.sleep(Role::Loader, ticket),
-            Action::Republished(_) => self.wake(Role::Consumer),
+            Action::Republished(job) => self.wake(Role::Consumer(job.consumer)),
             Action::Fill(job) => {
                 // The first byte of a fill: whoever still reads the slot notices.
                 self.bytes[job.slot].set(None);
@@ -302,7 +376,7 @@ impl World {
             Action::Verify(job, checksum) => {
                 if self.bytes[job.slot].get() == Some(checksum) || self.bug == Bug::ChecksumNotCompared {
                     producer.publish(job, 8, checksum).unwrap();
-                    self.wake(Role::Consumer);
+                    self.wake(Role::Consumer(job.consumer));
                 } else {
                     self.rotten_noticed.set(self.rotten_noticed.get() + 1);
                     producer.abandon(job).unwrap();
@@ -311,9 +385,21 @@ impl World {
         }
     }
 
-    fn trainer_step(self: &Rc<Self>, state: &mut Trainer) {
+    /// What the loader's driver does now and then: epoch first, then the lock.
+    fn bury_the_dead(self: &Rc<Self>, producer: &mut Producer<Memory>) {
+        for index in 0..self.shape.consumers {
+            let epoch = producer.consumer_epoch(index);
+            if epoch != 0 && !self.living[index + 1].get() && (!self.chances.get().random || self.dice.roll(3) == 0) {
+                producer.bury(index, epoch).unwrap();
+            }
+        }
+    }
+
+    fn trainer_step(self: &Rc<Self>, index: usize, state: &mut Trainer) {
         let Some(ring) = &mut state.ring else {
-            state.ring = Some(Consumer::attach(self.memory(Role::Consumer), self.shape, self.catalogue.clone()).unwrap());
+            let ring = Consumer::attach_as(self.memory(Role::Consumer(index)), self.shape, self.catalogue.clone(), index).unwrap();
+            self.epochs[index].set(ring.epoch());
+            state.ring = Some(ring);
             state.backlog.extend(&self.script);
             self.wake(Role::Loader);
             return;
@@ -338,12 +424,13 @@ impl World {
             self.give_back(ring, &mut state.leases);
             return;
         }
-        if state.wanted.is_empty() || state.leases.len() + 1 >= self.shape.slots.max(2) || self.still_asleep(&mut state.sleep) {
+        if state.wanted.is_empty() || state.leases.len() + 1 >= self.shape.quota().max(2) || self.still_asleep(&mut state.sleep) {
             return;
         }
-        let ticket = self.words[consumer::WAKE].get();
+        let role = Role::Consumer(index);
+        let ticket = self.words[self.wake_word(role)].get();
         match ring.try_lease().unwrap() {
-            None => state.sleep = self.sleep(Role::Consumer, ticket),
+            None => state.sleep = self.sleep(role, ticket),
             Some(lease) => {
                 assert_eq!(Some(lease.content), state.wanted.pop_front(), "a chunk out of order");
                 let seen = self.bytes[lease.slot].get();
@@ -362,15 +449,24 @@ impl World {
     }
 
     fn give_back(self: &Rc<Self>, ring: &mut Consumer<Memory>, leases: &mut VecDeque<(Leased, u64)>) {
-        let Some((lease, used)) = leases.pop_front() else { return };
+        // In any order: a device's copies may end out of turn.
+        let pick = if self.chances.get().random { self.dice.roll(leases.len() as u64) as usize } else { 0 };
+        let Some((lease, used)) = leases.remove(pick) else { return };
         assert_eq!(self.bytes[lease.slot].get(), Some(used), "bytes changed while they were leased");
         ring.release(&lease).unwrap();
         self.wake(Role::Loader);
     }
 
+    fn wake_word(&self, whom: Role) -> usize {
+        match whom {
+            Role::Consumer(index) => self.shape.at(index, consumer::WAKE),
+            _ => loader::WAKE,
+        }
+    }
+
     /// What `Segment::wake` does: counts, then wakes. The kernel may be late, and here it may forget.
     fn wake(self: &Rc<Self>, whom: Role) {
-        let word = &self.words[whom.wake_word()];
+        let word = &self.words[self.wake_word(whom)];
         word.set(word.get() + 1);
         let chance = self.chances.get().wake;
         let (lost, late) = (self.one_in(chance), self.one_in(chance));
@@ -383,14 +479,14 @@ impl World {
             }
         };
         match whom {
-            Role::Loader => self.loader.borrow_mut().as_mut().map(|l| rouse(&mut l.sleep)),
-            Role::Consumer => self.trainer.borrow_mut().as_mut().map(|t| rouse(&mut t.sleep)),
+            Role::Consumer(index) => self.trainers[index].borrow_mut().as_mut().map(|t| rouse(&mut t.sleep)),
+            _ => self.loader.borrow_mut().as_mut().map(|l| rouse(&mut l.sleep)),
         };
     }
 
     /// What `Segment::wait` does: sleeps unless the count has moved since the ticket was taken.
     fn sleep(&self, who: Role, ticket: u64) -> Option<Sleep> {
-        let now = self.words[who.wake_word()].get();
+        let now = self.words[self.wake_word(who)].get();
         if self.bug == Bug::LostWake {
             return Some(Sleep { until: u64::MAX });
         }
@@ -411,8 +507,8 @@ impl World {
     /// Flips a bit of one slot's payload that nobody holds.
     pub fn rot(&self) {
         let index = self.dice.roll(self.shape.slots as u64) as usize;
-        let word = SlotWord::unpack(self.words[self.shape.slot(index) + slot::STATE].get()).unwrap();
-        if matches!(word.state, State::Free | State::Ready) && self.bytes[index].get().is_some() {
+        let leased = (0..self.shape.consumers).any(|c| self.share(c, index).state == State::Leased);
+        if !leased && self.slot_word(index).state == State::Free && self.bytes[index].get().is_some() {
             self.rotten.set(self.rotten.get() + 1);
             self.bytes[index].set(self.bytes[index].get().map(|b| b ^ 2));
         }
@@ -433,41 +529,50 @@ impl World {
             self.frozen.set(false);
             assert_eq!(outcome.map(|e| e.exit_code()), Some(69), "a replaced loader went on");
         }
-        if replaced(self.trainer.borrow().as_ref().is_some_and(|t| t.ring.is_some()))
-            && let Some(mut zombie) = self.zombie_trainer.take()
-            && let Some(ring) = &mut zombie.ring
-        {
-            self.frozen.set(true);
-            let outcome = match (zombie.leases.pop_front(), self.dice.roll(2)) {
-                (Some((lease, _)), 0) => ring.release(&lease).err(),
-                (Some((lease, _)), _) => ring.release_corrupt(&lease).err(),
-                (None, 0) if !zombie.wanted.is_empty() => ring.try_lease().err(),
-                _ => ring.post(&[0]).err(),
-            };
-            self.frozen.set(false);
-            assert_eq!(outcome.map(|e| e.exit_code()), Some(69), "a replaced consumer went on");
+        for (trainer, zombie) in self.trainers.iter().zip(&self.zombie_trainers) {
+            if replaced(trainer.borrow().as_ref().is_some_and(|t| t.ring.is_some()))
+                && let Some(mut zombie) = zombie.take()
+                && let Some(ring) = &mut zombie.ring
+            {
+                self.frozen.set(true);
+                let outcome = match (zombie.leases.pop_front(), self.dice.roll(2)) {
+                    (Some((lease, _)), 0) => ring.release(&lease).err(),
+                    (Some((lease, _)), _) => ring.release_corrupt(&lease).err(),
+                    (None, 0) if !zombie.wanted.is_empty() => ring.try_lease().err(),
+                    _ => ring.post(&[0]).err(),
+                };
+                self.frozen.set(false);
+                assert_eq!(outcome.map(|e| e.exit_code()), Some(69), "a replaced consumer went on");
+            }
         }
+    }
+
+    fn slot_word(&self, index: usize) -> SlotWord {
+        SlotWord::unpack(self.words[self.shape.slot(index) + slot::STATE].get()).expect("a known state")
+    }
+
+    fn share(&self, consumer: usize, index: usize) -> ShareWord {
+        ShareWord::unpack(self.words[self.shape.share(consumer, index)].get()).expect("a known state")
     }
 
     /// The invariants that can be seen from outside at any time.
     pub fn check(&self) {
-        let mut count = [0; 5];
         for i in 0..self.shape.slots {
-            let word = SlotWord::unpack(self.words[self.shape.slot(i) + slot::STATE].get()).expect("a known state");
-            count[word.state as usize] += 1;
-            if matches!(word.state, State::Ready | State::Leased) {
+            let word = self.slot_word(i);
+            if (0..self.shape.consumers).any(|c| self.share(c, i).state != State::Free) {
                 self.check_published(i, word);
             }
         }
-        assert_eq!(count[1..].iter().sum::<usize>(), self.shape.slots, "free + filling + ready + leased");
+        for consumer in 0..self.shape.consumers {
+            let out = (0..self.shape.slots).filter(|i| self.share(consumer, *i).state != State::Free).count();
+            assert!(out <= self.shape.quota(), "consumer {consumer} has {out} slots, {} are its part", self.shape.quota());
+        }
     }
 
+    /// A slot that some consumer has been offered.
     fn check_published(&self, index: usize, word: SlotWord) {
-        let Some(descriptor) = Descriptor::read(&RawWords(&self.words), self.shape.slot(index)) else {
-            // The consumer invalidates the descriptor of a corrupt chunk before it lets go.
-            assert!(word.state == State::Leased && self.rotten.get() > 0, "slot {index}: READY without a valid descriptor");
-            return;
-        };
+        assert_eq!(word.state, State::Free, "slot {index} is being filled while a consumer has it");
+        let descriptor = Descriptor::read(&RawWords(&self.words), self.shape.slot(index)).expect("READY with a valid descriptor");
         assert_eq!(descriptor.generation, word.generation, "slot {index}: READY descriptor of another generation");
         assert_eq!(descriptor.payload, payload_of(descriptor.content));
         if self.rotten.get() == 0 {
@@ -475,59 +580,93 @@ impl World {
         }
     }
 
-    /// Every change of a slot's state, at the operation that makes it.
-    fn check_transition(&self, role: Role, index: usize, old: u64, new: u64) {
-        let at = |i: usize| self.shape.slot(i) + slot::STATE;
-        let Some(which) = (0..self.shape.slots).find(|i| at(*i) == index) else { return };
-        let (old, new) = (SlotWord::unpack(old).expect("known"), SlotWord::unpack(new).expect("known"));
-        assert!(new.generation >= old.generation, "slot {which}: a generation decreased");
+    /// Every change of a slot's or a share's state, at the operation that makes it.
+    fn check_transition(&self, role: Role, at: usize, old: u64, new: u64) {
+        if let Some(index) = (0..self.shape.slots).find(|i| self.shape.slot(*i) + slot::STATE == at) {
+            let (old, new) = (SlotWord::unpack(old).expect("known"), SlotWord::unpack(new).expect("known"));
+            let claim = (old.state, new.state) == (State::Free, State::Filling);
+            let back = (old.state, new.state) == (State::Filling, State::Free);
+            let grown = if claim { new.generation > old.generation } else { new.generation == old.generation };
+            assert!(role == Role::Loader && (claim || back) && grown, "slot {index}: {role:?} went from {old:?} to {new:?}");
+            let out = (0..self.shape.consumers).find(|c| self.share(*c, index).state != State::Free);
+            assert_eq!(out, None, "slot {index} was claimed while a consumer has it");
+        }
+        let Some((consumer, index)) = self.whose_share(at) else { return };
+        let (old, new) = (ShareWord::unpack(old).expect("known"), ShareWord::unpack(new).expect("known"));
         let legal = match (role, old.state, new.state) {
-            (Role::Loader, State::Free, State::Filling) => new.generation > old.generation,
-            (Role::Loader, State::Filling, State::Ready | State::Free) | (Role::Loader, State::Ready, State::Free) => true,
-            (Role::Consumer, State::Ready, State::Leased) | (Role::Consumer, State::Leased, State::Free) => true,
+            (Role::Loader, State::Free, State::Ready) => {
+                self.check_published(index, self.slot_word(index));
+                true
+            }
+            (Role::Loader, State::Ready, State::Free) => true,
+            // Only from the dead.
+            (Role::Loader, State::Leased, State::Free) => self.epochs[consumer].get() != old.epoch,
+            (Role::Consumer(own), State::Ready, State::Leased) | (Role::Consumer(own), State::Leased, State::Free) => own == consumer,
             _ => false,
         };
-        assert!(legal, "slot {which}: {role:?} went from {old:?} to {new:?}");
-        if new.state == State::Ready {
-            self.check_published(which, new);
+        assert!(legal, "share of {consumer} in slot {index}: {role:?} went from {old:?} to {new:?}");
+    }
+
+    fn whose_share(&self, at: usize) -> Option<(usize, usize)> {
+        let first = |consumer| self.shape.share(consumer, 0);
+        let consumer = (0..self.shape.consumers).find(|c| (first(*c)..first(*c) + self.shape.slots).contains(&at))?;
+        Some((consumer, at - first(consumer)))
+    }
+
+    fn has_all(&self, index: usize) -> bool {
+        let done = |t: &Trainer| t.ring.is_some() && t.backlog.is_empty() && t.wanted.is_empty() && t.leases.is_empty();
+        self.trainers[index].borrow().as_ref().is_some_and(done)
+    }
+
+    /// Lets everybody run until all but `except` have what they asked for.
+    fn satisfy(self: &Rc<Self>, rounds_max: u64, except: Option<usize>) {
+        let others = || (0..self.shape.consumers).filter(|c| Some(*c) != except);
+        let mut round = 0;
+        while !others().all(|c| self.has_all(c)) {
+            let wanted = |c: usize| self.trainers[c].borrow().as_ref().map_or(0, |t| t.wanted.len());
+            assert!(round < rounds_max, "stuck: {:?} chunks wanted, not counting {except:?}", others().map(wanted).collect::<Vec<_>>());
+            round += 1;
+            self.step(Role::Launcher);
+            self.step(Role::Loader);
+            (0..self.shape.consumers).filter(|c| Some(*c) != except).for_each(|c| self.step(Role::Consumer(c)));
+            self.check();
         }
     }
 
-    /// Ends all crashes and lets both roles run until everything asked for has arrived, then looks for slots that are stuck.
-    pub fn come_to_rest(self: &Rc<Self>, rounds_max: u64) {
+    /// Ends all crashes and lets everybody run until everything asked for has arrived, then looks for slots that are stuck. First
+    /// without one consumer that is stopped or dead, if `without` says so: the others get everything nevertheless.
+    pub fn come_to_rest(self: &Rc<Self>, rounds_max: u64, without: Option<(usize, bool)>) {
         let before = self.chances.get();
-        self.chances.set(Chances { crash: 0, rot: 0, ..before });
+        self.chances.set(Chances { crash: 0, rot: 0, orphan: 0, ..before });
+        self.launcher_lives.set(true);
         self.posting.set(false);
-        let done = || {
-            self.trainer
-                .borrow()
-                .as_ref()
-                .is_some_and(|t| t.ring.is_some() && t.backlog.is_empty() && t.wanted.is_empty() && t.leases.is_empty())
-        };
-        let mut round = 0;
-        while !done() {
-            assert!(round < rounds_max, "stuck: {} chunks wanted", self.trainer.borrow().as_ref().map_or(0, |t| t.wanted.len()));
-            round += 1;
-            self.step(Role::Loader);
-            self.step(Role::Consumer);
-            self.check();
+        self.stopped.set(None);
+        if let Some((index, dies)) = without {
+            if dies && let Some(state) = self.trainers[index].take() {
+                *self.trainers[index].borrow_mut() = Some(self.bury_trainer(index, state, false));
+            }
+            self.stopped.set(Some(index));
+            self.satisfy(rounds_max, Some(index));
+            self.stopped.set(None);
         }
+        self.satisfy(rounds_max, None);
         for _ in 0..SLEEP_MAX * 4 {
+            self.step(Role::Launcher);
             self.step(Role::Loader);
         }
         self.check();
         for i in 0..self.shape.slots {
-            let word = SlotWord::unpack(self.words[self.shape.slot(i) + slot::STATE].get()).expect("known");
-            assert_eq!(word.state, State::Free, "slot {i} is stuck though nothing is asked for");
+            let out: Vec<_> = (0..self.shape.consumers).map(|c| self.share(c, i)).filter(|s| s.state != State::Free).collect();
+            let word = self.slot_word(i);
+            assert!(word.state == State::Free && out.is_empty(), "slot {i} is stuck though nothing is asked for: {word:?} {out:?}");
         }
     }
 
     /// Breaks the circle of references.
     pub fn end(&self) {
         self.loader.take();
-        self.trainer.take();
         self.zombie_loader.take();
-        self.zombie_trainer.take();
+        self.trainers.iter().chain(&self.zombie_trainers).for_each(|t| drop(t.take()));
     }
 
     /// What may happen before an operation of `role`; returns the operation's number.
@@ -539,18 +678,30 @@ impl World {
         }
         if self.depth.get() == 0 && (self.one_in(self.chances.get().preempt) || self.events.contains(&Event::Preempt(op))) {
             self.depth.set(1);
-            self.step(role.other());
+            self.step(self.another(role, op));
             self.depth.set(0);
         }
         self.strike(role, op, Event::CrashBefore(op));
         op
     }
 
+    /// Who cuts in on `role` at operation `op`.
+    fn another(&self, role: Role, op: u64) -> Role {
+        let draw = if self.chances.get().random { self.dice.roll(1 << 20) } else { op } as usize;
+        let consumers = self.shape.consumers;
+        match role {
+            Role::Loader if self.chances.get().random && draw.is_multiple_of(16) => Role::Launcher,
+            Role::Consumer(index) if consumers > 1 && draw.is_multiple_of(3) => Role::Consumer((index + 1) % consumers),
+            Role::Consumer(_) => Role::Loader,
+            _ => Role::Consumer(draw % consumers),
+        }
+    }
+
     fn strike(&self, role: Role, op: u64, planned: Event) {
         let even = matches!(planned, Event::CrashAfter(_));
-        let drawn = self.crash_at[role as usize].get().is_some_and(|at| op >= at && even == (at % 2 == 0));
+        let drawn = self.crash_at[role.number()].get().is_some_and(|at| op >= at && even == (at % 2 == 0));
         if !self.frozen.get() && (drawn || self.events.contains(&planned)) {
-            self.crash_at[role as usize].set(None);
+            self.crash_at[role.number()].set(None);
             resume_unwind(Box::new(Crash));
         }
     }
@@ -571,8 +722,8 @@ impl Words for RawWords<'_> {
     fn load(&self, index: usize) -> u64 {
         self.0[index].get()
     }
-    fn store(&self, _: usize, _: u64) {
-        unreachable!("only looked at")
+    fn store(&self, index: usize, value: u64) {
+        self.0[index].set(value);
     }
     fn swap(&self, _: usize, _: u64, _: u64) -> Result<(), u64> {
         unreachable!("only looked at")
@@ -580,11 +731,6 @@ impl Words for RawWords<'_> {
 }
 
 impl Memory {
-    fn is_state(&self, world: &World, index: usize) -> bool {
-        let first = world.shape.slot(0);
-        index >= first && (index - first) % (world.shape.slot(1) - first) == slot::STATE
-    }
-
     fn operate<T>(&self, act: impl FnOnce(&Rc<World>) -> T) -> T {
         let world = self.world.upgrade().expect("the world outlives its memory");
         let op = world.before(self.role);
@@ -592,27 +738,37 @@ impl Memory {
         world.strike(self.role, op, Event::CrashAfter(op));
         result
     }
+
+    /// The word as this role sees it: itself, unless a seeded bug looks away.
+    fn seen(&self, world: &World, index: usize) -> u64 {
+        let value = world.words[index].get();
+        if self.role != Role::Loader {
+            return value;
+        }
+        let Some((_, slot)) = world.whose_share(index) else {
+            return if self.bug == Bug::MissingEpochCheck && index == loader::EPOCH { self.epoch.get() } else { value };
+        };
+        let share = ShareWord::unpack(value).expect("known");
+        let overlooked = match self.bug {
+            Bug::WrongVictim => share.state == State::Ready,
+            Bug::FreedByTheFirst => world.released[slot].get(),
+            _ => false,
+        };
+        if overlooked { ShareWord { state: State::Free, ..share }.pack() } else { value }
+    }
 }
 
 impl Words for Memory {
     fn load(&self, index: usize) -> u64 {
-        self.operate(|world| {
-            let value = world.words[index].get();
-            match (self.bug, self.role) {
-                (Bug::MissingEpochCheck, Role::Loader) if index == loader::EPOCH => self.epoch.get(),
-                (Bug::WrongVictim, Role::Loader) if self.is_state(world, index) => match SlotWord::unpack(value) {
-                    Some(word) if word.state == State::Ready => SlotWord { state: State::Free, ..word }.pack(),
-                    _ => value,
-                },
-                _ => value,
-            }
-        })
+        self.operate(|world| self.seen(world, index))
     }
 
     fn store(&self, index: usize, value: u64) {
         self.operate(|world| {
             assert!(!world.frozen.get(), "a replaced {:?} wrote word {index}", self.role);
-            assert!(!self.is_state(world, index), "slot states change by swaps alone");
+            let first = world.shape.slot(0);
+            let state = index >= first && (index - first) % (world.shape.slot(1) - first) == slot::STATE;
+            assert!(!state && world.whose_share(index).is_none(), "states change by swaps alone");
             if index == loader::EPOCH {
                 self.epoch.set(value);
             }
@@ -622,28 +778,26 @@ impl Words for Memory {
 
     fn swap(&self, index: usize, old: u64, new: u64) -> Result<(), u64> {
         self.operate(|world| {
-            let mut found = world.words[index].get();
-            let early = self.bug == Bug::EarlyFree && self.role == Role::Consumer;
-            if early && SlotWord::unpack(old).is_some_and(|w| w.state == State::Leased) {
+            let share = world.whose_share(index).map(|(_, slot)| (slot, ShareWord::unpack(new).expect("known")));
+            let early = self.bug == Bug::EarlyFree && self.role != Role::Loader;
+            if early && ShareWord::unpack(old).is_some_and(|w| w.state == State::Leased) {
                 return Ok(());
             }
-            if self.bug == Bug::WrongVictim
-                && self.role == Role::Loader
-                && let Some(word) = SlotWord::unpack(found)
-                && word.state == State::Ready
-                && SlotWord::unpack(new).is_some_and(|w| w.state == State::Filling)
-            {
-                found = SlotWord { state: State::Free, ..word }.pack();
-            }
+            let found = self.seen(world, index);
             if found != old {
                 return Err(found);
             }
             assert!(!world.frozen.get(), "a replaced {:?} swapped word {index}", self.role);
-            if !matches!(self.bug, Bug::WrongVictim | Bug::EarlyFree) {
+            if !matches!(self.bug, Bug::WrongVictim | Bug::EarlyFree | Bug::FreedByTheFirst) {
                 world.check_transition(self.role, index, old, new);
             }
-            let leased = SlotWord::unpack(new).filter(|w| early && w.state == State::Leased);
-            world.words[index].set(leased.map_or(new, |w| SlotWord { state: State::Free, ..w }.pack()));
+            match share {
+                Some((slot, share)) if share.state == State::Free && self.role != Role::Loader => world.released[slot].set(true),
+                Some((slot, share)) if share.state == State::Ready => world.released[slot].set(false),
+                _ => {}
+            }
+            let leased = share.filter(|(_, share)| early && share.state == State::Leased);
+            world.words[index].set(leased.map_or(new, |(_, share)| ShareWord { state: State::Free, ..share }.pack()));
             Ok(())
         })
     }

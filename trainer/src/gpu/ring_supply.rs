@@ -5,8 +5,8 @@
 //! registered with the driver at attach ([`HostSource`]: whole, by slot, or through a bounce buffer), so in steady state nothing but a chunk
 //! that has not arrived holds the host up. A payload that is not what its descriptor says is never copied: the run ends with exit 70.
 //!
-//! At most one lease less than the ring has slots is held (one of a ring with one), so that the loader always has a slot to fill. A loader
-//! that dies leaves us waiting for its successor; what we have leased stays ours.
+//! At most one lease less than this consumer's part of the slots is held (one of a part of one), so that the loader always has a slot to
+//! fill. A loader that dies leaves us waiting for its successor; what we have leased stays ours.
 
 use std::cell::RefCell;
 use std::collections::VecDeque;
@@ -59,7 +59,7 @@ impl Ahead {
     /// As [`RingClient::open`].
     pub fn open(plan: RingPlan, process: Process) -> Result<Self> {
         let ring = RingClient::open(plan, process.clone())?;
-        let held_max = ring.segment().shape().slots.saturating_sub(1).max(1);
+        let held_max = ring.segment().shape().quota().saturating_sub(1).max(1);
         let (plan, ahead_max) = (Arc::new(ring.plan().clone()), rayon::current_num_threads() + AHEAD);
         Ok(Self { ring, plan, process, compared: VecDeque::new(), held: 0, held_max, ahead_max })
     }
@@ -377,7 +377,7 @@ mod tests {
                 Action::Wait => segment.wait(loader::WAKE, ticket),
                 _ => {}
             }
-            segment.wake(consumer::WAKE);
+            (0..segment.shape().consumers).for_each(|c| segment.wake(segment.shape().at(c, consumer::WAKE)));
         }
         segment.leave();
     }
@@ -450,6 +450,27 @@ mod tests {
                 let taken = with_loader(&plan, None, || consume(&plan, &visits, hold)).unwrap();
                 assert_eq!(taken as u32, expected, "{slots} slots, {hold} held");
             }
+        }
+    }
+
+    #[test]
+    fn two_consumers_get_every_chunk_whatever_their_parts_are() {
+        for slots in [2, 3, 9] {
+            let plans = [0, 1].map(|consumer| {
+                let mut plan = plan("two", slots);
+                (plan.spec.consumers, plan.consumer) = (2, consumer);
+                plan
+            });
+            let blocks: Vec<BlockId> = plans[0].layout.blocks.iter().map(|b| b.block).collect();
+            let visits: Vec<BlockId> = blocks.iter().chain(blocks.iter().rev()).copied().collect();
+            let expected: u32 = visits.iter().map(|b| plans[0].layout.chunks_of(*b)).sum();
+            let taken = with_loader(&plans[0], None, || {
+                std::thread::scope(|scope| {
+                    let other = scope.spawn(|| consume(&plans[1], &visits, 5).unwrap());
+                    [consume(&plans[0], &visits, 1).unwrap(), other.join().unwrap()]
+                })
+            });
+            assert_eq!(taken.map(|t| t as u32), [expected; 2], "{slots} slots");
         }
     }
 
