@@ -17,7 +17,7 @@ while [ $# -gt 0 ]; do
     *) rows+=("$1"); shift ;;
   esac
 done
-[ ${#rows[@]} -gt 0 ] || rows=(512-6g 512-11g 512-24g 1024-14g 512-resident 512-6g-accumulation-8 512-resident-no-recompute 512-24g-dequant-cpu)
+[ ${#rows[@]} -gt 0 ] || rows=(512-6g 512-11g 512-24g 1024-14g 512-resident 512-6g-accumulation-8 512-24g-dequant-cpu)
 mkdir -p "$data" output/bench
 . scripts/gpu-libraries.sh
 

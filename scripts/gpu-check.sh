@@ -3,6 +3,8 @@
 #
 #   scripts/gpu-check.sh [BINARY] [SECTION...] [--json]     default BINARY: target/release/serenity-gpu-check
 #   scripts/gpu-check.sh processes [--bin DIR] [...]        whole runs through all processes instead: see scripts/gpu_processes.py
+#   scripts/gpu-check.sh sanitizer [DIR]                    training steps of the reference's tiny model under compute-sanitizer, memcheck and racecheck
+#   scripts/gpu-check.sh all [DIR]                          all three, with the programs in DIR (default target/release)
 #
 # Exit 0: all agree (or there is no GPU: then it says SKIPPED). 1: something differs. Other codes: it could not run.
 # Libraries (driver, nvrtc, cublasLt, cudnn) are looked for in the usual places and in the wheels of python3's site-packages.
@@ -25,6 +27,21 @@ if [ "${1:-}" = processes ]; then
   shift
   . scripts/gpu-libraries.sh
   exec python3 scripts/gpu_processes.py "$@"
+fi
+if [ "${1:-}" = sanitizer ]; then
+  . scripts/gpu-libraries.sh
+  PATH=$PATH:/usr/local/cuda/bin
+  command -v compute-sanitizer > /dev/null || { echo "error: there is no compute-sanitizer (it comes with the CUDA toolkit)" >&2; exit 69; }
+  for tool in memcheck racecheck; do
+    compute-sanitizer --tool "$tool" --error-exitcode 1 "${2:-target/release}/serenity-trainer" gpu-check golden
+  done
+  exit 0
+fi
+if [ "${1:-}" = all ]; then
+  dir=${2:-target/release}
+  "$0" "$dir/serenity-gpu-check"
+  "$0" sanitizer "$dir"
+  exec "$0" processes --bin "$dir"
 fi
 if [ ! -x "$binary" ]; then
   echo "error: there is no $binary" >&2

@@ -57,6 +57,25 @@ fn the_trainer_benches_without_loader_and_cache() {
 }
 
 #[test]
+fn the_trainer_benches_with_the_ring_and_without_a_cache() {
+    let lab = Lab::new();
+    let config = lab.quick_config("ring-bench", 3, &json!({ "data": { "cache_dir": lab.path().join("nothing-here") } }));
+    let loader = lab.start("serenity-loader", &["--config", &config]);
+    let args = ["bench", "--config", &config, "--synthetic-samples", "--steps", "3", "--json"];
+    let done = lab.run("serenity-trainer", &args).expect(0);
+    loader.wait().expect(0);
+    let report: Value = serde_json::from_str(done.stdout.trim()).unwrap();
+    assert_eq!((report["synthetic"].as_bool(), report["synthetic_samples"].as_bool()), (Some(false), Some(true)));
+    // Every block comes through the ring, forward and back.
+    let payload = std::fs::metadata(&shared().slab).unwrap().len() as f64;
+    assert!(report["moved_bytes"].as_f64().unwrap() > payload, "{report}");
+    assert!(report["step_median_s"].as_f64().unwrap() > 0.0 && report["floor_s"].as_f64().unwrap() > 0.0, "{report}");
+    assert!(!lab.path().join("nothing-here").exists());
+    lab.run("serenity-trainer", &["bench", "--config", &config, "--synthetic", "--synthetic-samples"]).expect(64);
+    lab.assert_nothing_left();
+}
+
+#[test]
 fn the_encoder_runs_and_benches_alone() {
     let lab = Lab::new();
     let cache = lab.path().join("cache");

@@ -1,7 +1,8 @@
 //! The benchmark: how fast a step is, against how fast this machine could do its work at best, both measured in the same run.
 //!
 //! The floor is the larger of two times: the step's arithmetic at the rate of the largest matrix product of the model, in the compute
-//! type and with the code that training uses; and the bytes that the block source moved at the rate of a plain memory copy.
+//! type and with the code that training uses; and the bytes that the block source moved at the rate of a plain memory copy. On a GPU both
+//! rates are the device's ([`crate::engine::Profile`]): products in bfloat16, and copies from page-locked memory.
 #![forbid(unsafe_code)]
 
 use std::hint::black_box;
@@ -18,6 +19,7 @@ use serenity_protocol::slab::Slab;
 use serenity_protocol::{Error, Result};
 
 use crate::data::{Batches, SyntheticSamples};
+use crate::engine::Profile;
 use crate::log::Phases;
 use crate::memory::MemoryUse;
 use crate::model::{Flux2, ops::gemm, tensor_error};
@@ -41,6 +43,8 @@ const ATTENTION_PASSES: f64 = 4.5;
 pub struct Options<'o> {
     /// Random weights and samples instead of slab, loader and cache.
     pub synthetic: bool,
+    /// Random samples, with the configured slab and loader.
+    pub synthetic_samples: bool,
     /// `config.json` of a transformer whose geometry the synthetic model has, instead of the configured model's.
     pub geometry: Option<&'o Path>,
     /// Timed steps, after one that is not.
@@ -52,6 +56,8 @@ pub struct Options<'o> {
 pub struct Report {
     /// Whether weights and samples were random.
     pub synthetic: bool,
+    /// Whether samples alone were random.
+    pub synthetic_samples: bool,
     /// Device.
     pub device: String,
     /// Compute type.
@@ -86,6 +92,8 @@ pub struct Report {
     pub phases_s: Phases,
     /// Memory at the end.
     pub memory_mb: MemoryUse,
+    /// A further step taken apart by the device's clock, where there is one.
+    pub profile: Option<Profile>,
 }
 
 /// Runs the benchmark. Writes no files.
@@ -99,8 +107,11 @@ pub fn run(process: &Process, config: Config, options: &Options<'_>) -> Result<R
     if options.geometry.is_some() && !options.synthetic {
         return Err(Error::config("--geometry needs --synthetic: a slab has the geometry of its model"));
     }
-    let mut parts = if options.synthetic { synthetic_parts(config, options.geometry)? } else { open::parts(process, config)? };
-    let matmul = matmul_rate(&parts)?;
+    let mut parts = match (options.synthetic, options.synthetic_samples) {
+        (true, _) => synthetic_parts(config, options.geometry)?,
+        (false, true) => parts_without_cache(process, config)?,
+        (false, false) => open::parts(process, config)?,
+    };
     let mut batches = Batches::new(parts.batch_plan()?);
     let (mut seconds, mut phases, mut tokens, mut moved, mut step_flop) = (Vec::new(), Vec::new(), 0, 0, 0.0);
     let first = first_adapted(&parts);
@@ -108,7 +119,7 @@ pub fn run(process: &Process, config: Config, options: &Options<'_>) -> Result<R
         let started = Instant::now();
         let host = batches.take(number)?;
         let waited = started.elapsed().as_secs_f64();
-        if number <= options.steps {
+        if number <= options.steps + 1 {
             batches.prepare(number + 1)?;
         }
         let mut computed = parts.engine.gradients(&host, process)?;
@@ -125,14 +136,22 @@ pub fn run(process: &Process, config: Config, options: &Options<'_>) -> Result<R
             step_flop = host.iter().map(of).sum();
         }
     }
-    parts.engine.finish();
-    // Before the copy is measured, whose buffers are no part of a step.
+    // Before rates are measured, whose buffers are no part of a step.
     let memory_mb = parts.engine.memory()?;
-    let copy = copy_rate();
+    let profile = parts.engine.profile(&batches.take(options.steps + 2)?, process)?;
+    parts.engine.finish();
+    let (matmul, copy) = match &profile {
+        None => (matmul_rate(&parts)?, copy_rate()),
+        Some(p) => {
+            (step_flop, moved) = (p.flop, p.bytes);
+            (p.flop_per_s, p.bytes_per_s)
+        }
+    };
     let floor_s = (step_flop / matmul).max(moved as f64 / copy);
     let step_median_s = median(&seconds);
     Ok(Report {
         synthetic: options.synthetic,
+        synthetic_samples: options.synthetic_samples,
         device: parts.engine.device(),
         dtype: format!("{:?}", open::dtype(parts.config.dtype)),
         blocks: parts.geometry.num_blocks(),
@@ -150,7 +169,28 @@ pub fn run(process: &Process, config: Config, options: &Options<'_>) -> Result<R
         ratio: step_median_s / floor_s,
         phases_s: median_phases(&phases),
         memory_mb,
+        profile,
     })
+}
+
+/// What the configuration names, with random samples in its sizes in place of the cache's.
+fn parts_without_cache(process: &Process, config: Config) -> Result<Parts> {
+    let slab = Slab::open(&config.memory.slab_path, &config.memory.manifest_path)?;
+    let geometry = open::geometry(&config, Some(&slab))?;
+    slab.check_model(&geometry)?;
+    let targets = open::adapted_linears(&config, &geometry)?;
+    let samples = random_samples(&config, &geometry);
+    let engine = open::engine(process, &config, slab, &geometry, &targets, open::step_sizes(&config, &samples)?)?;
+    Ok(Parts { engine, geometry, samples: Arc::new(samples), targets, inputs: no_inputs(), config })
+}
+
+fn random_samples(config: &Config, geometry: &TransformerGeometry) -> SyntheticSamples {
+    let side = (config.resolution as usize / 16).max(1);
+    SyntheticSamples::new(geometry, vec![1; SYNTHETIC_IMAGES], side, side, config.model.max_sequence_length, config.seed)
+}
+
+fn no_inputs() -> Inputs {
+    Inputs { weights: "synthetic".into(), model: "synthetic".into(), data: "synthetic".into() }
 }
 
 /// A model of random weights and samples of random numbers, in the sizes of the configuration.
@@ -170,9 +210,7 @@ pub fn synthetic_parts(config: Config, geometry: Option<&Path>) -> Result<Parts>
     let targets = open::adapted_linears(&config, &geometry)?;
     let other = SyntheticSource::other(&geometry, &device, dtype, config.seed)?;
     let source = SyntheticSource::new(&geometry, &device, dtype, config.seed)?;
-    let side = (config.resolution as usize / 16).max(1);
-    let length = config.model.max_sequence_length;
-    let samples = SyntheticSamples::new(&geometry, vec![1; SYNTHETIC_IMAGES], side, side, length, config.seed);
+    let samples = random_samples(&config, &geometry);
     let guidance = run::guidance(&config, &geometry);
     let adapters = run::fresh_adapters(&config, &targets)?;
     let model = Flux2::new(geometry.clone(), other);
@@ -181,7 +219,7 @@ pub fn synthetic_parts(config: Config, geometry: Option<&Path>) -> Result<Parts>
         geometry,
         samples: Arc::new(samples),
         targets,
-        inputs: Inputs { weights: "synthetic".into(), model: "synthetic".into(), data: "synthetic".into() },
+        inputs: no_inputs(),
         config,
     })
 }
@@ -311,6 +349,17 @@ impl std::fmt::Display for Report {
             "phases     data {:.4}, wait {:.4}, copy {:.4}, forward {:.4}, backward {:.4}, optimiser {:.4} s",
             p.data, p.wait, p.copy, p.forward, p.backward, p.optimizer
         )?;
+        if let Some(profile) = &self.profile {
+            writeln!(f, "device     {:?}", profile.times_ms)?;
+            writeln!(f, "host       {:?}", profile.host_ms)?;
+        }
+        if let Some(d) = &self.memory_mb.device {
+            writeln!(
+                f,
+                "device     {:.0} MiB by the driver of {:.0} allowed, {:.0} used of an arena of {:.0}",
+                d.driver, d.cap, d.allocated, d.arena
+            )?;
+        }
         write!(f, "memory     {:.0} MiB resident, {:.0} MiB at its peak", self.memory_mb.rss, self.memory_mb.rss_peak)
     }
 }

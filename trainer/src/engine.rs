@@ -9,9 +9,11 @@
 
 use std::borrow::Cow;
 
+use serde::Serialize;
 use serenity_protocol::Result;
 use serenity_protocol::process::Process;
 
+use crate::cuda::clock::{HostTimes, Times};
 use crate::data::HostBatch;
 use crate::log::Phases;
 use crate::memory::MemoryUse;
@@ -63,6 +65,23 @@ pub struct State<'s> {
     pub optimizer: Cow<'s, AdamW>,
 }
 
+/// A step taken apart, against what the device could do at best. Measured in the same run, by the device's own clock.
+#[derive(Debug, Clone, Copy, Serialize)]
+pub struct Profile {
+    /// Floating-point operations that the step needs, recomputation included.
+    pub flop: f64,
+    /// Rate of the largest products in bfloat16, whatever the step computes in.
+    pub flop_per_s: f64,
+    /// Bytes that came from the host: blocks, and block inputs that were kept there.
+    pub bytes: u64,
+    /// Rate of a plain copy from page-locked memory.
+    pub bytes_per_s: f64,
+    /// Milliseconds by phase; copies overlap with the others.
+    pub times_ms: Times,
+    /// Milliseconds of the host.
+    pub host_ms: HostTimes,
+}
+
 /// A device that trains.
 pub trait StepEngine {
     /// What it computes on, for people.
@@ -103,6 +122,15 @@ pub trait StepEngine {
     /// # Errors
     /// [`serenity_protocol::Error::Invariant`] if it is more than was allowed.
     fn memory(&mut self) -> Result<MemoryUse>;
+
+    /// Computes a step of `batches` once more and takes it apart; it may change the state. `None` where the processor computes, whose
+    /// phases are in [`Computed::phases`].
+    ///
+    /// # Errors
+    /// As [`Self::gradients`].
+    fn profile(&mut self, _batches: &[HostBatch], _process: &Process) -> Result<Option<Profile>> {
+        Ok(None)
+    }
 
     /// Says that the run is over: no more blocks will be asked for.
     fn finish(&mut self) {}

@@ -100,6 +100,9 @@ struct BenchArgs {
     /// Random weights and samples: needs no slab, no loader and no cache
     #[arg(long)]
     synthetic: bool,
+    /// Random samples alone: needs slab and loader, but no cache
+    #[arg(long, conflicts_with = "synthetic")]
+    synthetic_samples: bool,
     /// A transformer's config.json; the random model then has its geometry, and the configured model need not be there
     #[arg(long, value_name = "FILE")]
     geometry: Option<PathBuf>,
@@ -189,7 +192,12 @@ fn train(args: &RunArgs, process: &Process) -> Result<()> {
 fn run_bench(args: &BenchArgs, process: &Process) -> Result<()> {
     let overrides = OverrideArgs { set: args.set.clone(), ..OverrideArgs::default() };
     let config = Config::load(&args.config, &overrides.into())?;
-    let options = bench::Options { synthetic: args.synthetic, geometry: args.geometry.as_deref(), steps: args.steps };
+    let options = bench::Options {
+        synthetic: args.synthetic,
+        synthetic_samples: args.synthetic_samples,
+        geometry: args.geometry.as_deref(),
+        steps: args.steps,
+    };
     let report = bench::run(process, config, &options)?;
     if args.json {
         println!("{}", serde_json::to_string(&report).map_err(|e| Error::invariant("the report cannot be written as JSON").cause(e))?);

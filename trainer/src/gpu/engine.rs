@@ -9,6 +9,7 @@ use std::borrow::Cow;
 use std::time::Instant;
 
 use candle_core::Device;
+use serenity_cuda::driver::Pinned;
 use serenity_cuda::{Gpu, Ty};
 use serenity_protocol::config::{ComputeDtype, Config, MemoryStrategy, OptimizerConfig};
 use serenity_protocol::geometry::TransformerGeometry;
@@ -25,9 +26,10 @@ use crate::cuda::blocks::{Payload, Stats, Supply};
 use crate::cuda::flight::FlightSpace;
 use crate::cuda::inputs::Turns;
 use crate::cuda::plan::{Limits, Measure, Shape};
+use crate::cuda::rates;
 use crate::cuda::step::Parts;
 use crate::data::HostBatch;
-use crate::engine::{Computed, State, StepEngine};
+use crate::engine::{Computed, Profile, State, StepEngine};
 use crate::log::Phases;
 use crate::memory::{self, DeviceMemory, MemoryUse};
 use crate::model::{AdapterSet, MicroBatch, OtherWeights};
@@ -39,6 +41,8 @@ use crate::step::count_non_finite;
 const MIB: f64 = 1024.0 * 1024.0;
 /// Left free on the device where the cap is `auto`.
 const MARGIN: u64 = 512 << 20;
+/// Bytes of a copy whose rate is measured.
+const RATE_BYTES: usize = 512 << 20;
 /// Set aside for what the product and attention libraries load at first use.
 const LIBRARIES: u64 = 256 << 20;
 /// The largest context that is believed: on a device that others use too, more than this is theirs.
@@ -342,6 +346,21 @@ impl StepEngine for CudaEngine {
             );
         }
         Ok(MemoryUse { device: Some(device), ..memory::current() })
+    }
+
+    fn profile(&mut self, batches: &[HostBatch], process: &Process) -> Result<Option<Profile>> {
+        let before = self.step.bytes_from_host();
+        self.step.measure(true);
+        let mut computed = self.gradients(batches, process)?;
+        self.apply(&mut computed, 0.0)?;
+        let (times_ms, host_ms) = (self.step.times()?, self.step.host_times());
+        self.step.measure(false);
+        let bytes = self.step.bytes_from_host() - before;
+        let gpu = self.step.gpu();
+        let host = Pinned::new(gpu.context(), RATE_BYTES)?;
+        let rates = rates::measure(gpu, &self.geometry, batches.first().map_or(1, HostBatch::tokens), &host)?;
+        let flop = self.step.plan().forecast.flops;
+        Ok(Some(Profile { flop, flop_per_s: rates.flops, bytes, bytes_per_s: rates.bus, times_ms, host_ms }))
     }
 
     fn finish(&mut self) {
