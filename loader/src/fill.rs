@@ -11,6 +11,7 @@ use std::ops::Range;
 use std::time::Instant;
 
 use half::bf16;
+use serenity_protocol::checksum::{Xxh3, xxh3_64};
 use serenity_protocol::faults::point;
 use serenity_protocol::geometry::{BlockId, TransformerGeometry};
 use serenity_protocol::ring::words::ChunkId;
@@ -18,7 +19,6 @@ use serenity_protocol::slab::layout::{Part, PartKind, SlabLayout};
 use serenity_protocol::slab::pieces::{self, PieceSource};
 use serenity_protocol::slab::{Slab, quant};
 use serenity_protocol::{Error, Result};
-use xxhash_rust::xxh3::{Xxh3, xxh3_64};
 
 use crate::reader::{Fetched, Page, Reader, Visit};
 use crate::stages::{self, Stage, timed};

@@ -139,7 +139,7 @@ fn sealed(manifest: &Value) -> String {
     let key = "\"manifest_xxh3\": \"";
     let Some(at) = text.find(key).map(|at| at + key.len()) else { return text };
     let zeroed = format!("{}{}{}", &text[..at], "0".repeat(16), &text[at + 16..]);
-    format!("{}{:016x}{}", &text[..at], xxhash_rust::xxh3::xxh3_64(zeroed.as_bytes()), &text[at + 16..])
+    format!("{}{:016x}{}", &text[..at], serenity_protocol::checksum::xxh3_64(zeroed.as_bytes()), &text[at + 16..])
 }
 
 /// A change to an intact manifest, and what the refusal must say.

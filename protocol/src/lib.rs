@@ -8,6 +8,7 @@
 pub mod atomic_file;
 pub mod cache;
 pub mod checkpoint;
+pub mod checksum;
 pub mod config;
 pub mod dataset;
 pub mod error;

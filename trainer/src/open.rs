@@ -11,6 +11,7 @@ use std::sync::Arc;
 use candle_core::{DType, Device};
 use serenity_protocol::cache::CachePlan;
 use serenity_protocol::checkpoint::Checkpoint;
+use serenity_protocol::checksum::xxh3_64;
 use serenity_protocol::config::{ComputeDtype, Config, DeviceKind, MemoryStrategy};
 use serenity_protocol::geometry::{LinearSpec, TransformerGeometry};
 use serenity_protocol::model_path::{self, TransformerSource};
@@ -19,7 +20,6 @@ use serenity_protocol::ring::plan::RingPlan;
 use serenity_protocol::slab::Slab;
 use serenity_protocol::slab::manifest::Companion;
 use serenity_protocol::{Error, Result, dataset, targets};
-use xxhash_rust::xxh3::xxh3_64;
 
 use crate::data::{CachedSamples, Samples};
 use crate::engine::StepEngine;

@@ -154,7 +154,7 @@ impl SlabFile {
 
     /// Compares a page with its hash, and returns the hash.
     pub(super) fn check_page(&self, page: u64, bytes: &[u8]) -> Result<u64> {
-        let found = timed(Stage::Check, || xxhash_rust::xxh3::xxh3_64(bytes));
+        let found = timed(Stage::Check, || serenity_protocol::checksum::xxh3_64(bytes));
         let Some(known) = self.pages.get(page as usize) else {
             return Err(Error::invariant("a page beyond the end of the slab was asked for").at(&self.path).found(page));
         };

@@ -12,7 +12,7 @@ fn slab_file(bytes: &[u8], page_bytes: u64, hashes: bool) -> (tempfile::NamedTem
     let temp = tempfile::NamedTempFile::new().unwrap();
     std::fs::write(temp.path(), bytes).unwrap();
     let file = File::options().read(true).custom_flags(nix::libc::O_DIRECT).open(temp.path()).or_else(|_| File::open(temp.path())).unwrap();
-    let hash = |page: &[u8]| AtomicU64::new(if hashes { xxhash_rust::xxh3::xxh3_64(page) } else { 0 });
+    let hash = |page: &[u8]| AtomicU64::new(if hashes { serenity_protocol::checksum::xxh3_64(page) } else { 0 });
     let this = SlabFile {
         path: temp.path().to_path_buf(),
         file,

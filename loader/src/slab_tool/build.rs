@@ -11,13 +11,13 @@ use std::time::Instant;
 
 use rayon::prelude::*;
 use serde::{Deserialize, Serialize};
+use serenity_protocol::checksum::Xxh3;
 use serenity_protocol::geometry::TransformerGeometry;
 use serenity_protocol::process::Process;
 pub use serenity_protocol::slab::manifest::Component;
 use serenity_protocol::slab::manifest::{self, Additions, Companion, Hash, Manifest};
 use serenity_protocol::slab::quant;
 use serenity_protocol::{Error, Result, atomic_file};
-use xxhash_rust::xxh3::Xxh3;
 
 use super::companion::{self, CompanionPlan};
 pub use super::files::{PAGE_BYTES, SlabFiles, page_bytes_for};
@@ -360,7 +360,7 @@ pub(super) fn assemble(
             geometry,
             text_encoder,
             file_bytes: plan.file.file_bytes,
-            header_xxh3: Hash(xxhash_rust::xxh3::xxh3_64(&plan.file.header)),
+            header_xxh3: Hash(serenity_protocol::checksum::xxh3_64(&plan.file.header)),
             page_bytes,
             page_xxh3: hashes.pages,
             tensor_xxh3: tensors,

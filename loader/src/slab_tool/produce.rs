@@ -9,9 +9,9 @@ use std::fs::File;
 use std::os::unix::fs::{FileExt, OpenOptionsExt};
 use std::path::Path;
 
+use serenity_protocol::checksum::Xxh3;
 use serenity_protocol::slab::manifest::Hash;
 use serenity_protocol::{Error, Result};
-use xxhash_rust::xxh3::Xxh3;
 
 use super::plan::FilePlan;
 use super::progress::Progress;

@@ -15,12 +15,12 @@ use std::time::Instant;
 
 use safetensors::Dtype;
 use serde::Serialize;
+use serenity_protocol::checksum::Xxh3;
 use serenity_protocol::process::Process;
 use serenity_protocol::slab::Slab;
 use serenity_protocol::slab::header::{Header, TensorEntry};
 use serenity_protocol::slab::manifest::{Companion, Hash};
 use serenity_protocol::{Error, Result};
-use xxhash_rust::xxh3::Xxh3;
 
 use super::direct::DirectFile;
 use super::files::PAGE_BYTES;

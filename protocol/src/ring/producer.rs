@@ -91,6 +91,12 @@ pub struct Producer<M> {
     slots: Vec<Local>,
 }
 
+impl<M> std::fmt::Debug for Producer<M> {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.debug_struct("Producer").field("epoch", &self.epoch).field("streams", &self.streams).field("slots", &self.slots).finish()
+    }
+}
+
 impl<M: Words> Producer<M> {
     /// Takes the loader's role (the caller holds the role lock, so any earlier loader is dead): a new epoch, FILLING slots freed,
     /// retained and READY content found again.
@@ -330,6 +336,10 @@ impl<M: Words> Producer<M> {
             return Ok(Action::Wait);
         }
         if let Some(&index) = self.content.get(&content) {
+            // Offered for a later place, since the chunk of this one proved damaged: it cannot be leased before this one is. Taken back,
+            // it serves here, and the later place in its turn.
+            let later = pack_epoch(self.streams[consumer].epoch, ordinal);
+            self.free_share(consumer, index, |s| s.state == State::Ready && pack_epoch(s.epoch, s.ordinal) > later)?;
             let (raw, word) = self.slot_word(index)?;
             // On its way for another consumer, or still out to this one for an earlier place in its stream: both end by themselves.
             if word.state != State::Free || self.share(consumer, index)?.1.state != State::Free {

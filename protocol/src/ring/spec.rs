@@ -121,5 +121,5 @@ pub(super) fn same_header(spec: &RingSpec, found: &[u64; HEADER_WORDS]) -> Resul
 
 fn boot_digest() -> u64 {
     let id = std::fs::read("/proc/sys/kernel/random/boot_id").unwrap_or_default();
-    xxhash_rust::xxh3::xxh3_64(&id)
+    crate::checksum::xxh3_64(&id)
 }

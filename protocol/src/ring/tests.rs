@@ -358,6 +358,30 @@ fn what_a_dead_consumer_held_is_free_again_and_its_successor_starts_anew() {
     fleet.take(1, 0);
 }
 
+/// Once a chunk is damaged, two slots may hold the same one; the damaged copy's place is then lost with its loader, while the same
+/// consumer has the good copy for a later place.
+#[test]
+fn a_chunk_that_was_offered_for_a_later_place_serves_an_earlier_one_that_was_lost() {
+    let mut fleet = Fleet::new(1, 4, 2);
+    (0..2).for_each(|c| assert_eq!(fleet.consumers[c].post(&[0, 0]).unwrap(), 2));
+    fleet.serve();
+    let damaged = fleet.consumers[1].try_lease().unwrap().expect("delivered");
+    fleet.consumers[1].release_corrupt(&damaged).unwrap();
+    fleet.serve();
+    let ready = |index: usize| ShareWord::unpack(fleet.memory.load(fleet.shape.share(0, index))).unwrap();
+    let places: Vec<u64> = (0..4).map(ready).filter(|s| s.state == State::Ready).map(|s| s.ordinal).collect();
+    assert_eq!((places, fleet.fills), (vec![0, 1], 2), "two copies are offered");
+    let catalogue = Catalogue { chunks: vec![1], signature: SIGNATURE };
+    fleet.producer = Producer::attach(fleet.memory.clone(), fleet.shape, catalogue).unwrap();
+    for (index, ..) in fleet.producer.ready_slots().unwrap() {
+        fleet.producer.confirm(index);
+    }
+    for consumer in [0, 0, 1] {
+        fleet.take(consumer, 0);
+    }
+    assert_eq!(fleet.fills, 2, "the good copy serves everybody");
+}
+
 #[test]
 fn a_consumer_that_the_ring_has_no_room_for_is_refused() {
     let memory: Vec<AtomicU64> = (0..4096).map(|_| AtomicU64::new(0)).collect();

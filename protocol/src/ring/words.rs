@@ -409,5 +409,5 @@ impl Descriptor {
 /// xxh3 of some words; never 0, which stands for "no checksum".
 #[must_use]
 pub fn checksum(words: &[u64]) -> u64 {
-    xxhash_rust::xxh3::xxh3_64(bytemuck::cast_slice(words)).max(1)
+    crate::checksum::xxh3_64(bytemuck::cast_slice(words)).max(1)
 }

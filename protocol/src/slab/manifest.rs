@@ -6,10 +6,10 @@
 use std::collections::BTreeMap;
 use std::ops::Range;
 
+use crate::checksum::Xxh3;
 use serde::{Deserialize, Serialize};
 use serde_json::Value;
 use sha2::{Digest, Sha256};
-use xxhash_rust::xxh3::Xxh3;
 
 use super::strict_json;
 use super::text_encoder::TextSlabShape;

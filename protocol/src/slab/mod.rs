@@ -24,8 +24,8 @@ use std::ops::Range;
 use std::os::unix::fs::FileExt;
 use std::path::{Path, PathBuf};
 
+use crate::checksum::Xxh3;
 use safetensors::Dtype;
-use xxhash_rust::xxh3::Xxh3;
 
 use crate::error::{Error, Result};
 use crate::geometry::{LinearSpec, TransformerGeometry};
@@ -100,7 +100,7 @@ impl Pages {
     /// Whether `bytes` are the content of page `index`.
     #[must_use]
     pub fn matches(&self, index: usize, bytes: &[u8]) -> bool {
-        self.xxh3.get(index) == Some(&xxhash_rust::xxh3::xxh3_64(bytes))
+        self.xxh3.get(index) == Some(&crate::checksum::xxh3_64(bytes))
     }
 }
 
@@ -373,7 +373,7 @@ fn check_additions(additions: &manifest::Additions, header: &Header, problems: &
     if additions.file_bytes != header.file_bytes {
         problems.push(format!("the file has {} bytes, the manifest says {}", header.file_bytes, additions.file_bytes));
     }
-    let found = xxhash_rust::xxh3::xxh3_64(&header.bytes);
+    let found = crate::checksum::xxh3_64(&header.bytes);
     if found != additions.header_xxh3.0 {
         problems.push(format!(
             "the header (byte offset 0 to {}) has hash {found:016x}, the manifest says {}: it is corrupt, or of another build",

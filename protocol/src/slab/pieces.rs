@@ -11,8 +11,8 @@
 
 use std::ops::Range;
 
+use crate::checksum::xxh3_64;
 use rayon::prelude::*;
-use xxhash_rust::xxh3::xxh3_64;
 
 use super::layout::{Part, PartKind, SlabLayout};
 use crate::error::{Error, Result};

@@ -13,7 +13,7 @@ use std::rc::{Rc, Weak};
 
 use serenity_protocol::ring::consumer::{Consumer, Leased};
 use serenity_protocol::ring::producer::{Action, Catalogue, Job, Producer};
-use serenity_protocol::ring::words::{ChunkId, Descriptor, Shape, ShareWord, SlotWord, State, Words, consumer, loader, slot};
+use serenity_protocol::ring::words::{ChunkId, Descriptor, Shape, ShareWord, SlotWord, State, Words, consumer, loader, slot, unpack_epoch};
 
 pub const SIGNATURE: u64 = 77;
 /// Jobs that the loader has under way at most (its workers).
@@ -613,6 +613,26 @@ impl World {
         Some((consumer, at - first(consumer)))
     }
 
+    /// What a reader of a failure needs: each consumer's place and next chunks, each slot's content and who has it.
+    fn picture(&self) -> String {
+        let mut lines = vec![format!("{:?}, chunks {:?}", self.shape, self.catalogue.chunks)];
+        for (index, trainer) in self.trainers.iter().enumerate() {
+            let at = |word| unpack_epoch(self.words[self.shape.at(index, word)].get());
+            let (posted, position) = (at(consumer::POSTED), at(consumer::POSITION));
+            let wanted = trainer.borrow().as_ref().map(|t| t.wanted.iter().take(8).map(|c| (c.block, c.chunk)).collect::<Vec<_>>());
+            lines.push(format!("consumer {index}: posted {posted:?}, position {position:?}, waits for {wanted:?}"));
+        }
+        for index in 0..self.shape.slots {
+            let descriptor = Descriptor::read(&RawWords(&self.words), self.shape.slot(index)).map(|d| (d.content, d.generation));
+            let shares: Vec<_> = (0..self.shape.consumers).map(|c| self.share(c, index)).collect();
+            lines.push(format!("slot {index}: {:?}, {descriptor:?}, shares {shares:?}", self.slot_word(index)));
+        }
+        if let Some(loader) = self.loader.borrow().as_ref() {
+            lines.push(format!("loader: jobs {:?}, {:?}", loader.jobs, loader.producer));
+        }
+        lines.join("\n")
+    }
+
     fn has_all(&self, index: usize) -> bool {
         let done = |t: &Trainer| t.ring.is_some() && t.backlog.is_empty() && t.wanted.is_empty() && t.leases.is_empty();
         self.trainers[index].borrow().as_ref().is_some_and(done)
@@ -624,7 +644,12 @@ impl World {
         let mut round = 0;
         while !others().all(|c| self.has_all(c)) {
             let wanted = |c: usize| self.trainers[c].borrow().as_ref().map_or(0, |t| t.wanted.len());
-            assert!(round < rounds_max, "stuck: {:?} chunks wanted, not counting {except:?}", others().map(wanted).collect::<Vec<_>>());
+            assert!(
+                round < rounds_max,
+                "stuck: {:?} chunks wanted, not counting {except:?}\n{}",
+                others().map(wanted).collect::<Vec<_>>(),
+                self.picture()
+            );
             round += 1;
             self.step(Role::Launcher);
             self.step(Role::Loader);

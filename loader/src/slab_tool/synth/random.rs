@@ -5,7 +5,7 @@
 //! deviations, exact integer arithmetic up to one float32 multiplication. Weights need no better tails.
 
 use half::bf16;
-use xxhash_rust::xxh3::xxh3_64_with_seed;
+use serenity_protocol::checksum::xxh3_64_with_seed;
 
 /// Standard deviation of the sum of four independent uniform 16-bit integers: sqrt(4 * (2^32 - 1) / 12).
 const SUM_STD: f64 = 37_837.222;
