@@ -6,6 +6,7 @@
 DIR of --bin holds the programs (default target/release). Sections (--only):
   parity  `serenity-trainer parity` on the device against the reference's files, float32
   same    a model of an eighth of dev's width: twice the same; streamed, resident, every pool, both payload forms, less device memory
+  damage  bits flipped in the ring under a run: noticed, and never trained on
   kills   the tiny model: loader killed 2 x KILLS times, trainer KILLS times, each run with the bytes of an undisturbed one
 Also checked: the driver's figure stays below the cap and does not grow after step 5, and the first loss is the processor's.
 Prints a line for each verdict. Exit 1 if one failed.
@@ -255,6 +256,44 @@ def kills(lab, args):
         verdict(numbers == list(range(1, steps + 1)), f"tiny, {name}: each step once in the log")
 
 
+def ring_of(pid):
+    """The ring that a loader has mapped: its largest shared file."""
+    paths = {Path(line.split(maxsplit=5)[-1]) for line in Path(f"/proc/{pid}/maps").read_text().splitlines() if " /dev/shm/" in line}
+    return max((p for p in paths if p.exists()), key=lambda p: p.stat().st_size, default=None)
+
+
+def damage(lab, args):
+    # The whole model stays in the ring: what is flipped there is neither read again nor overwritten, and used in every pass.
+    change = {"memory": {"strategy": "stagehand", "stagehand": {"pinned_pool_mb": 1024, "ring_chunk_mb": 2, "vram_high_watermark_mb": "auto"}}}
+    steps = 3 * args.steps
+    reference = lab.run("undamaged", "eighth", steps, change)
+    verdict(reference["code"] == 0, "eighth, undamaged", figures(reference))
+    begun, flipped = time.time(), 0
+    child, path = lab.start("damaged", "eighth", steps, change)
+    while child.poll() is None and not flipped and time.time() - begun < 200:
+        for pid in children(path, "serenity-loader") if last_step(lab.work / "runs/damaged") >= 7 else ():
+            ring = ring_of(pid)
+            if ring is None:
+                continue
+            with open(ring, "r+b") as file:
+                end = file.seek(0, 2)
+                for part in range(1, 64):
+                    at = end * part // 64 + 4097 * part % 8191
+                    file.seek(at)
+                    byte = file.read(1)
+                    file.seek(at)
+                    file.write(bytes([byte[0] ^ 1 << part % 8]))
+                    flipped += 1
+                print(f"     {flipped} bits flipped in {ring} of {end >> 20} MiB", flush=True)
+        time.sleep(0.005)
+    run = lab.result("damaged", child, steps, begun, quiet=True)
+    said = "".join(f.read_text(errors="replace") for f in [lab.work / "damaged.err", *(lab.work / "runs/damaged").glob("logs/*")])
+    noticed = len(re.findall(r"does not have the checksum", said))
+    verdict(flipped > 0 and noticed > 0, "eighth, bits flipped in the ring: noticed", f"{flipped} flipped, said {noticed} times")
+    right = run["code"] == 70 or (run["hash"] is not None and run["hash"] == reference["hash"])
+    verdict(right, "eighth, bits flipped in the ring: not trained on", f"exit {run['code']}, {run['hash']}")
+
+
 def main():
     parser = argparse.ArgumentParser()
     parser.add_argument("--bin", default=ROOT / "target/release")
@@ -263,11 +302,11 @@ def main():
     parser.add_argument("--steps", type=int, default=20)
     parser.add_argument("--kill-steps", type=int, default=400)
     parser.add_argument("--kills", type=int, default=5)
-    parser.add_argument("--only", nargs="*", default=["parity", "same", "kills"])
+    parser.add_argument("--only", nargs="*", default=["parity", "same", "damage", "kills"])
     args = parser.parse_args()
     lab = Lab(args)
     begun = time.time()
-    for name, section in [("parity", parity), ("same", same), ("kills", kills)]:
+    for name, section in [("parity", parity), ("same", same), ("damage", damage), ("kills", kills)]:
         if name in args.only:
             section(lab, args)
     print(f"{failed} failed, {time.time() - begun:.0f} s; logs in {lab.work}")

@@ -667,6 +667,24 @@ impl Pinned {
         self.bytes
     }
 
+    /// Where the device finds it: kernels may read and write it there (addresses are unified on every 64-bit system).
+    #[must_use]
+    pub fn device_ptr(&self) -> Ptr {
+        Ptr(self.base as u64)
+    }
+
+    /// Copies the bytes at `offset` into `to` once `last_use` (the event behind the last work that writes this part) is done.
+    ///
+    /// # Errors
+    /// [`Error::Invariant`] outside of the range; a fault of the work before the event.
+    pub fn read_after(&self, last_use: &Event, offset: usize, to: &mut [u8]) -> Result<()> {
+        let source = part(self, offset, to.len())?;
+        last_use.sync()?;
+        // SAFETY: the part lies within our memory, which was initialised in `new`; the device's writes have ended with the event.
+        unsafe { std::ptr::copy_nonoverlapping(source.cast::<u8>().cast_const(), to.as_mut_ptr(), to.len()) };
+        Ok(())
+    }
+
     /// Copies `from` to `offset` once `last_use` (the event behind the last copy that reads or writes this part) is done.
     ///
     /// # Errors

@@ -58,6 +58,7 @@ pub struct Gpu {
     pub(crate) attention: Engines,
     compute: Stream,
     copy: Stream,
+    check: Stream,
     /// Behind and before the compute stream.
     sides: [Stream; 2],
     tuning: Cell<Tuning>,
@@ -86,6 +87,7 @@ impl Gpu {
         let (modules, kernels) = load_kernels(&context, properties.capability)?;
         let stream = |priority| Stream::new(&context, priority);
         let (compute, copy) = (stream(Priority::Normal)?, stream(Priority::Copies)?);
+        let check = stream(Priority::Copies)?;
         let sides = [stream(Priority::Last)?, stream(Priority::First)?];
         let blas = Blas::new(&context)?;
         let (modules, attention) = (modules, Engines::default());
@@ -96,6 +98,7 @@ impl Gpu {
             attention,
             compute,
             copy,
+            check,
             sides,
             tuning: Cell::default(),
             properties,
@@ -156,6 +159,12 @@ impl Gpu {
     #[must_use]
     pub fn copy(&self) -> &Stream {
         &self.copy
+    }
+
+    /// The stream that compares copies from the host with their checksums, of the same priority: the next copy does not wait for it.
+    #[must_use]
+    pub fn check(&self) -> &Stream {
+        &self.check
     }
 
     /// Version of the product library, e.g. 130100.

@@ -28,6 +28,7 @@ pub const COMMON: (&str, &str) = ("common.cu", include_str!("../kernels/common.c
 pub const UNITS: &[Unit] = &[
     Unit { name: "rows", sources: &[COMMON, ("rows.cu", include_str!("../kernels/rows.cu"))] },
     Unit { name: "elementwise", sources: &[COMMON, ("elementwise.cu", include_str!("../kernels/elementwise.cu"))] },
+    Unit { name: "xxh3", sources: &[COMMON, ("xxh3.cu", include_str!("../kernels/xxh3.cu"))] },
     Unit { name: "optimizer", sources: &[COMMON, ("optimizer.cu", include_str!("../kernels/optimizer.cu"))] },
     Unit {
         name: "attention",

@@ -7,6 +7,7 @@
 
 mod attention;
 mod blas;
+mod checksum;
 mod copies;
 mod elementwise;
 mod heads;
@@ -38,6 +39,7 @@ pub type Section = (&'static str, fn(&mut Check<'_>) -> Result<()>);
 pub fn sections() -> Vec<Section> {
     vec![
         ("copies", copies::copies as fn(&mut Check<'_>) -> Result<()>),
+        ("checksum", checksum::checksum),
         ("dequant", rows::dequant),
         ("norm", rows::norm),
         ("heads", heads::heads),

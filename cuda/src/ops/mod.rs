@@ -4,6 +4,7 @@
 //! row per sample. Activations are bf16 or float32, all of one call the same; modulation, norm weights, tables and targets are float32.
 #![forbid(unsafe_code)]
 
+pub mod checksum;
 pub mod elementwise;
 pub mod loss;
 pub mod optimizer;

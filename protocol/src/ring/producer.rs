@@ -77,6 +77,20 @@ struct Local {
     trusted: bool,
     /// What it is being prepared for.
     job: Option<Job>,
+    /// When it was last offered to a consumer, in offers.
+    offered: u64,
+}
+
+/// How well a slot bears being overwritten: the greatest is taken.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
+enum Worth {
+    /// Holds what is needed after so many chunks.
+    Needed(u64),
+    /// Holds what nobody has asked for again. What was offered longest ago goes first: a pass forward and back over the model needs that
+    /// last, should there be another.
+    Idle(std::cmp::Reverse<u64>),
+    /// Holds nothing.
+    Empty,
 }
 
 /// The loader's state machine over memory `M`.
@@ -89,6 +103,7 @@ pub struct Producer<M> {
     /// Where each chunk's bytes are: `slots[content[c]].content == Some(c)`.
     content: HashMap<ChunkId, usize>,
     slots: Vec<Local>,
+    offers: u64,
 }
 
 impl<M> std::fmt::Debug for Producer<M> {
@@ -114,6 +129,7 @@ impl<M: Words> Producer<M> {
             shape,
             catalogue,
             epoch,
+            offers: 0,
         };
         for index in 0..shape.slots {
             this.recover_slot(index)?;
@@ -396,8 +412,8 @@ impl<M: Words> Producer<M> {
         Ok(job)
     }
 
-    /// The slot to overwrite for a consumer that has `ahead` chunks ahead of it: an empty one, else the one whose content is needed
-    /// furthest in the future by anybody, counted in chunks from where each consumer is. None if every slot is out, or if the best one
+    /// The slot to overwrite for a consumer that has `ahead` chunks ahead of it: an empty one, else one whose content nobody has asked for
+    /// again, else the one whose content is needed furthest in the future by anybody, counted in chunks from where each consumer is. None if every slot is out, or if the best one
     /// is needed before the chunk at hand and the consumer has enough.
     fn victim(&self, consumer: usize, ahead: u64) -> Result<Option<(usize, u64, SlotWord)>> {
         let mut heads = Vec::with_capacity(self.shape.consumers);
@@ -406,26 +422,30 @@ impl<M: Words> Producer<M> {
                 heads.push((stream, here, if other == consumer { ahead } else { self.supply(other, here)?.1 }));
             }
         }
-        let mut best: Option<(u64, usize, u64, SlotWord)> = None;
+        let mut best: Option<(Worth, usize, u64, SlotWord)> = None;
         for index in 0..self.shape.slots {
             let (raw, word) = self.slot_word(index)?;
             if word.state != State::Free || self.is_out(index)? {
                 continue;
             }
-            let uses = |content: ChunkId| {
-                let distance = |(stream, here, ahead): &(&Stream, u64, u64)| Some(stream.next_use(content, *here)? - here + ahead);
-                heads.iter().filter_map(distance).min()
-            };
-            let next_use = self.slots[index].content.and_then(uses).unwrap_or(u64::MAX);
-            if best.is_none_or(|(use_, ..)| next_use > use_) {
-                best = Some((next_use, index, raw, word));
+            let worth = self.worth(index, &heads);
+            if best.is_none_or(|(least, ..)| worth > least) {
+                best = Some((worth, index, raw, word));
             }
-            if next_use == u64::MAX {
+            if worth == Worth::Empty {
                 break;
             }
         }
-        let Some((next_use, index, raw, word)) = best else { return Ok(None) };
-        Ok((next_use > ahead || ahead < LOOKAHEAD_MIN).then_some((index, raw, word)))
+        let Some((worth, index, raw, word)) = best else { return Ok(None) };
+        Ok((worth > Worth::Needed(ahead) || ahead < LOOKAHEAD_MIN).then_some((index, raw, word)))
+    }
+
+    /// `heads`: each consumer's stream, where it is, and how many chunks lie before that.
+    fn worth(&self, index: usize, heads: &[(&Stream, u64, u64)]) -> Worth {
+        let Some(content) = self.slots[index].content else { return Worth::Empty };
+        let distance = |(stream, here, ahead): &(&Stream, u64, u64)| Some(stream.next_use(content, *here)? - here + ahead);
+        let next = heads.iter().filter_map(distance).min();
+        next.map_or(Worth::Idle(std::cmp::Reverse(self.slots[index].offered)), Worth::Needed)
     }
 
     /// Publishes a prepared slot: descriptor, slot word, delivery word, then READY. The driver wakes the job's consumer afterwards.
@@ -456,7 +476,9 @@ impl<M: Words> Producer<M> {
     }
 
     /// Makes a consumer's share of a slot READY.
-    fn offer(&self, job: &Job) -> Result<()> {
+    fn offer(&mut self, job: &Job) -> Result<()> {
+        self.offers += 1;
+        self.slots[job.slot].offered = self.offers;
         let (epoch, ordinal) = unpack_epoch(job.ordinal);
         // The word cannot name another delivery that is still awaited: that would be `slots` places away, and every place from the
         // consumer's on has a slot of its own.

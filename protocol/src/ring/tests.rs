@@ -199,15 +199,20 @@ fn every_schedule_with_crashes_delivers_in_order() {
 
 /// Forward, backward, forward, backward over `blocks` blocks of one chunk with a pool of `slots`: how many fills it takes.
 fn fills_of_steps(blocks: u16, slots: usize, steps: usize) -> u64 {
+    let pass: Vec<u16> = (0..blocks).chain((0..blocks - 1).rev()).collect();
+    fills(blocks, slots, &vec![pass; steps])
+}
+
+/// The same for any passes, each asked for when the one before is over.
+fn fills(blocks: u16, slots: usize, passes: &[Vec<u16>]) -> u64 {
     let shape = Shape { slots, requests: 4096, consumers: 1 };
     let memory: Vec<AtomicU64> = (0..shape.words()).map(|_| AtomicU64::new(0)).collect();
     let catalogue = Catalogue { chunks: vec![1; usize::from(blocks)], signature: SIGNATURE };
     let mut world = World::new(&memory, shape, catalogue.clone());
     let mut producer = Producer::attach(&memory[..], shape, catalogue.clone()).unwrap();
     let mut consumer = Consumer::attach_as(&memory[..], shape, catalogue, 0).unwrap();
-    for _ in 0..steps {
-        let pass: Vec<u16> = (0..blocks).chain((0..blocks - 1).rev()).collect();
-        assert_eq!(consumer.post(&pass).unwrap(), pass.len());
+    for pass in passes {
+        assert_eq!(consumer.post(pass).unwrap(), pass.len());
         let mut taken = 0;
         while taken < pass.len() {
             loop {
@@ -234,6 +239,22 @@ fn fills_of_steps(blocks: u16, slots: usize, steps: usize) -> u64 {
 fn a_pool_as_large_as_the_model_reads_it_once() {
     assert_eq!(fills_of_steps(7, 7, 5), 7);
     assert_eq!(fills_of_steps(7, 64, 5), 7);
+    // Whatever is asked for and whatever the loader knows of what will be: the last blocks once (the device still has them on the way
+    // back), single passes, blocks that are never asked for again.
+    let once: Vec<u16> = (0..9).chain((0..6).rev()).collect();
+    assert_eq!(fills(9, 9, &vec![once.clone(); 5]), 9);
+    assert_eq!(fills(9, 20, &vec![once; 5]), 9);
+    let back: Vec<u16> = (0..9).rev().collect();
+    assert_eq!(fills(9, 9, &[(0..9).collect(), back.clone(), (0..9).collect(), back]), 9);
+    assert_eq!(fills(9, 9, &[vec![0, 1, 2], vec![3, 4], vec![5], vec![6, 7, 8], vec![8, 0, 4]]), 9);
+}
+
+#[test]
+fn a_smaller_pool_keeps_what_the_next_step_needs_first() {
+    // Each step asks for itself alone. In a forward and a backward pass over 20 blocks with 10 slots, the least that must be read is 10
+    // blocks forward and, with the last 10 at hand, 10 backward; 2 more in each pass come from reading ahead.
+    let fills = fills_of_steps(20, 10, 9) - fills_of_steps(20, 10, 1);
+    assert!(fills <= 8 * 2 * (10 + 2), "{fills} fills in 8 steps");
 }
 
 #[test]

@@ -7,7 +7,7 @@
 use std::collections::VecDeque;
 use std::rc::Rc;
 
-use serenity_cuda::driver::Pinned;
+use serenity_cuda::driver::{Pinned, Stream};
 use serenity_cuda::ops::rows::Int8Rows;
 use serenity_cuda::{Arena, Event, Gpu, Mat, Ptr, Ty};
 use serenity_protocol::geometry::BlockId;
@@ -107,10 +107,15 @@ pub trait Supply {
     /// What goes wrong on the way; [`Error::TryAgain`] if asked to stop while it waits.
     fn copy(&mut self, gpu: &Gpu, block: BlockId, to: Ptr, done: usize, wait: bool) -> Result<usize>;
 
+    /// The stream behind whose work a payload is whole on the device: once that of [`Self::copy`] is queued.
+    fn behind<'g>(&self, gpu: &'g Gpu) -> &'g Stream {
+        gpu.copy()
+    }
+
     /// Gives back what copies that are done have used.
     ///
     /// # Errors
-    /// A fault of a copy.
+    /// A fault of a copy; [`Error::Invariant`] for a payload that reached the device damaged.
     fn poll(&mut self) -> Result<()> {
         Ok(())
     }
@@ -168,7 +173,7 @@ pub struct Stats {
 
 struct Slot {
     base: Ptr,
-    /// Recorded on the copy stream behind the last copy into a place that begins here.
+    /// Recorded behind the last copy into a place that begins here, and behind what compares it ([`Supply::behind`]).
     ready: Event,
     /// Recorded on the compute stream behind the last use of it.
     used: Event,
@@ -285,6 +290,14 @@ impl Blocks {
         self.pump(gpu, clock)
     }
 
+    /// Hears what the supply found in the payloads of all visits, whose work must be done.
+    ///
+    /// # Errors
+    /// [`Error::Invariant`] if one of them was damaged: nothing that was computed with it may be used.
+    pub fn confirm(&mut self) -> Result<()> {
+        self.supply.poll()
+    }
+
     /// Queues every copy that can be queued without waiting.
     ///
     /// # Errors
@@ -309,7 +322,7 @@ impl Blocks {
         load.done += queued;
         self.stats.bytes += queued as u64;
         if load.done >= bytes {
-            gpu.copy().record(&first.ready)?;
+            self.supply.behind(gpu).record(&first.ready)?;
             self.loads.pop_front();
             return Ok(true);
         }

@@ -303,13 +303,16 @@ impl CudaStep {
         self.arena.reset(mark)
     }
 
-    pub(super) fn read_losses(&self, flights: &[Flight]) -> Result<Vec<f64>> {
+    /// Waits for the pass, and for the verdict on every block that it used.
+    pub(super) fn read_losses(&mut self, flights: &[Flight]) -> Result<Vec<f64>> {
         let read = |flight: &Flight| {
             let mut bytes = [0u8; 8];
             self.gpu.download(&mut bytes, flight.space.loss)?;
             Ok(f64::from_le_bytes(bytes))
         };
-        flights.iter().map(read).collect()
+        let losses = flights.iter().map(read).collect::<Result<_>>()?;
+        self.blocks.confirm()?;
+        Ok(losses)
     }
 
     fn linear(&self, block: BlockId, weights: &[Weight], name: &str) -> Result<Linear> {

@@ -302,7 +302,9 @@ impl CudaStep {
             this.fly(&flights, None, &|| false, Some(observe))?;
             let flight = flights.first().ok_or_else(|| Error::invariant("a forward pass without samples"))?;
             this.head(flight, None)?;
-            Ok((read(&this.gpu, flight.space.conditioning.temb)?, read(&this.gpu, flight.space.prediction)?))
+            let outputs = (read(&this.gpu, flight.space.conditioning.temb)?, read(&this.gpu, flight.space.prediction)?);
+            this.blocks.confirm()?;
+            Ok(outputs)
         })
     }
 }
