@@ -181,6 +181,25 @@ __device__ __forceinline__ void count_bad(u32* count, const T* x, i64 stride, i6
 KERNEL(count_bad_bf16, (u32 * count, const bf16* x, i64 stride, i64 cols), count_bad(count, x, stride, cols))
 KERNEL(count_bad_f32, (u32 * count, const float* x, i64 stride, i64 cols), count_bad(count, x, stride, cols))
 
+// ---- From page-locked host memory, by multiprocessors instead of a copy engine ---------------------------------------------------------
+
+#define FETCH_UNROLL 4
+
+extern "C" __global__ __launch_bounds__(THREADS) void fetch_host(uint4* to, const uint4* from, i64 count) {
+    const i64 all = (i64)gridDim.x * THREADS;
+    for (i64 first = (i64)blockIdx.x * THREADS + threadIdx.x; first < count; first += FETCH_UNROLL * all) {
+        uint4 words[FETCH_UNROLL];
+#pragma unroll
+        for (int i = 0; i < FETCH_UNROLL; i++) {
+            if (first + i * all < count) words[i] = from[first + i * all];
+        }
+#pragma unroll
+        for (int i = 0; i < FETCH_UNROLL; i++) {
+            if (first + i * all < count) to[first + i * all] = words[i];
+        }
+    }
+}
+
 // ---- Random values for checks and synthetic runs ---------------------------------------------------------------------------------------
 
 __device__ __forceinline__ u32 hashed(u64 x) {

@@ -85,6 +85,18 @@ fn pinned(check: &mut Check<'_>) -> Result<()> {
     let mut back = vec![1u8; bytes];
     pinned.read(0, &mut back)?;
     check.holds("pinned memory: in and out", back == data);
+    for (offset, bytes) in [(0, bytes), (16, 16), (4096, 3 << 20), (1 << 20, 4096 * 5 + 16), (7, 1001), (0, 8)] {
+        pinned.write_after(&event, 0, &data)?;
+        let end = offset + bytes;
+        check.gpu.compute().fill(ptr, 0xee, data.len())?;
+        check.gpu.fetch_host(check.gpu.compute(), ptr, &pinned, offset, bytes)?;
+        let mut back = vec![0u8; data.len()];
+        check.gpu.download(&mut back, ptr)?;
+        let same = back.get(..bytes) == data.get(offset..end) && back.iter().skip(bytes).all(|b| *b == 0xee);
+        check.holds(format!("fetched by multiprocessors: {bytes} bytes at {offset}"), same);
+    }
+    let beyond = check.gpu.fetch_host(check.gpu.compute(), ptr, &pinned, 16, data.len());
+    check.holds("fetched by multiprocessors: beyond the end is refused", beyond.is_err());
     check.holds("pinned memory: beyond the end is refused", stream.copy_out(&pinned, 1, ptr, bytes).is_err());
     Ok(())
 }

@@ -4,9 +4,12 @@
 use serenity_protocol::Result;
 
 use super::{BLOCK, THREADS, check_modulation, grid, int, variant};
-use crate::driver::{Arg, Ptr, Stream};
+use crate::driver::{Arg, Pinned, Ptr, Stream};
 use crate::gpu::Gpu;
 use crate::mat::Mat;
+
+/// Thread blocks of a fetch: enough bytes under way for any bus, few enough to disturb nobody.
+const FETCH_BLOCKS: usize = 16;
 
 /// Pointer and stride of a view, as kernels take them.
 fn view(mat: Mat) -> [Arg; 2] {
@@ -159,6 +162,23 @@ impl Gpu {
     pub fn count_bad(&self, count: Ptr, x: Mat) -> Result<()> {
         let args = [count.into(), x.ptr.into(), x.stride.into(), x.cols.into()];
         self.launch(&format!("count_bad_{}", x.ty.name()), grid(x.rows, x.cols, THREADS as usize)?, BLOCK, 0, &args)
+    }
+
+    /// Queues a copy of `bytes` bytes at `offset` of `from` to the device by a few multiprocessors: beside long copies of other streams it
+    /// gets its part of the bus, where a copy engine would do it after them.
+    ///
+    /// # Errors
+    /// [`serenity_protocol::Error::Invariant`] outside of the range; the driver's.
+    pub fn fetch_host(&self, stream: &Stream, to: Ptr, from: &Pinned, offset: usize, bytes: usize) -> Result<()> {
+        let source = from.device_ptr().offset(offset);
+        let wide = [to.address(), source.address(), bytes as u64].iter().all(|v| v.is_multiple_of(16));
+        if !wide || offset.checked_add(bytes).is_none_or(|end| end > from.bytes()) {
+            // Refuses what is outside of the range.
+            return stream.copy_in(to, from, offset, bytes);
+        }
+        let blocks = bytes.div_ceil(16 * THREADS as usize).min(FETCH_BLOCKS) as u32;
+        let args = [to.into(), source.into(), (bytes / 16).into()];
+        self.kernel("fetch_host")?.launch(stream, "fetch_host", [blocks, 1, 1], BLOCK, 0, &args)
     }
 
     /// Queues setting `bytes` bytes to zero.

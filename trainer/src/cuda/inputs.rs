@@ -5,8 +5,8 @@
 //! again in the backward pass when the visit that used its matrix is over, `count` - 1 visits before it is needed. The states that hold their
 //! matrices at the turn of the passes are neither saved nor fetched. The other states stay.
 //!
-//! Saving and fetching have a stream each, beside that of the blocks: both directions of the bus work at once, and a fetch does not queue
-//! behind blocks. Streams meet in events only; the host never waits.
+//! Saving and fetching have a stream each, beside that of the blocks: both directions of the bus work at once. A fetch is made by
+//! multiprocessors, for a copy engine would do it behind the blocks' copies that it has been given already. Streams meet in events only; the host never waits.
 #![forbid(unsafe_code)]
 
 use std::cell::Cell;
@@ -238,7 +238,7 @@ impl Traffic {
         let memory = self.memory.as_ref().ok_or_else(|| Error::invariant("there is no host memory for block inputs"))?;
         gpu.compute().record(&turn.computed)?;
         self.fetch.wait(&turn.computed)?;
-        self.fetch.copy_in(mat.ptr, memory, offset + next * mat.span(), mat.span())?;
+        gpu.fetch_host(&self.fetch, mat.ptr, memory, offset + next * mat.span(), mat.span())?;
         self.fetched_bytes.set(self.fetched_bytes.get() + mat.span() as u64);
         self.fetch.record(&turn.moved)
     }
