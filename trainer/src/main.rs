@@ -55,7 +55,7 @@ enum Command {
 
 #[derive(Args)]
 struct GpuCheckArgs {
-    /// Sections: golden, processor, streamed, timing; all if none is named
+    /// Sections: golden, processor, streamed, block, timing; all if none is named
     sections: Vec<String>,
     /// The reference's folder with `model` and `cases`
     #[arg(long, default_value = "tests/fixtures/goldens", value_name = "DIR")]
@@ -81,6 +81,12 @@ struct GpuCheckArgs {
     /// Steps to time, after two that warm up
     #[arg(long, default_value_t = 10, value_name = "N")]
     steps: usize,
+    /// Folder for the blocks that scripts/check_block_torch.py compares
+    #[arg(long, default_value = "output/gpu-check-block", value_name = "DIR")]
+    dump: PathBuf,
+    /// Let the CPU compute those blocks: checks the script, needs no device
+    #[arg(long)]
+    on_processor: bool,
     /// Time this tuning too, e.g. side=high,blocks=16,sms=116; may be given several times
     #[arg(long = "variant", value_name = "TUNING")]
     variants: Vec<String>,
@@ -218,6 +224,8 @@ fn run_gpu_check(args: &GpuCheckArgs) -> Result<()> {
         resolution: args.resolution,
         accumulation: args.accumulation,
         steps: args.steps,
+        dump: args.dump.clone(),
+        on_processor: args.on_processor,
         variants: args.variants.clone(),
     };
     let ok = check::run(&options, &mut |line| {

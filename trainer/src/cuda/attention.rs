@@ -43,12 +43,20 @@ pub struct Kept {
 }
 
 impl Kept {
-    /// Memory for both.
+    /// Memory for the logarithms.
     ///
     /// # Errors
     /// If there is not so much left.
-    pub fn new(r: &dyn Reserve, s: &Shape) -> Result<Self> {
-        Ok(Self { lse: r.mat(Ty::F32, s.samples * s.heads, s.tokens())?, workspace: r.bytes(s.workspace)? })
+    pub fn lse(r: &dyn Reserve, s: &Shape) -> Result<Mat> {
+        r.mat(Ty::F32, s.samples * s.heads, s.tokens())
+    }
+
+    /// With a workspace beside them.
+    ///
+    /// # Errors
+    /// If there is not so much left.
+    pub fn new(r: &dyn Reserve, s: &Shape, lse: Mat) -> Result<Self> {
+        Ok(Self { lse, workspace: r.bytes(s.workspace)? })
     }
 }
 

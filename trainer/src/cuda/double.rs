@@ -10,6 +10,7 @@ use serenity_protocol::Result;
 
 use super::attention::{self, Heads, Kept};
 use super::conditioning::{Conditioning, StreamModulation};
+use super::flight::Back;
 use super::linear::{Context, Linear, Low};
 use super::plan::{Reserve, Shape};
 use super::single::joint;
@@ -97,11 +98,49 @@ fn for_samples(s: &Shape, joint: Mat, streams: Pair, mut work: impl FnMut(Mat, M
     Ok(())
 }
 
-/// Activations of a visit.
+/// What the backward pass needs of the forward pass: kept, or computed again.
+#[derive(Debug, Clone, Copy)]
+pub struct Activations {
+    normed: Pair,
+    /// Queries, keys and values as projected, `[.., 3 D]`.
+    packed: Pair,
+    heads: Heads,
+    lse: Mat,
+    attended: Mat,
+    middle: Pair,
+    /// Gate and value of the feed-forward part.
+    up: Pair,
+}
+
+impl Activations {
+    /// Reserves them. Unless they are `kept`, the streams use the memory of their feed-forward parts one after the other.
+    ///
+    /// # Errors
+    /// If there is not so much left.
+    pub fn new(r: &dyn Reserve, s: &Shape, kept: bool) -> Result<Self> {
+        let (d, m) = (s.inner, s.mlp);
+        let up = if kept {
+            Pair::new(r, s, 2 * m)?
+        } else {
+            let one = r.mat(s.ty, s.image_rows().max(s.text_rows()), 2 * m)?;
+            Pair { image: one.rows(0, s.image_rows())?, text: one.rows(0, s.text_rows())? }
+        };
+        Ok(Self {
+            normed: Pair::new(r, s, d)?,
+            packed: Pair::new(r, s, 3 * d)?,
+            heads: Heads::new(r, s)?,
+            lse: Kept::lse(r, s)?,
+            attended: r.mat(s.ty, s.rows(), d)?,
+            middle: Pair::new(r, s, d)?,
+            up,
+        })
+    }
+}
+
+/// Memory of a visit.
 #[derive(Debug, Clone, Copy)]
 pub struct Space {
     normed: Pair,
-    /// Queries, keys and values as projected, `[.., 3 D]`.
     packed: Pair,
     heads: Heads,
     kept: Kept,
@@ -109,6 +148,7 @@ pub struct Space {
     /// The streams of `attended` where they must be copied; its gradient's later.
     attended_split: Pair,
     middle: Pair,
+    up: Pair,
     dmiddle: Pair,
     dheads: Heads,
     dattended: Mat,
@@ -122,7 +162,6 @@ pub struct Space {
 struct One {
     out: Mat,
     normed: Mat,
-    up: Mat,
     hidden: Mat,
     dhidden: Mat,
     dpacked: Mat,
@@ -135,7 +174,6 @@ impl One {
         Ok(Self {
             out: of(self.out)?,
             normed: of(self.normed)?,
-            up: of(self.up)?,
             hidden: of(self.hidden)?,
             dhidden: of(self.dhidden)?,
             dpacked: of(self.dpacked)?,
@@ -150,18 +188,27 @@ impl Space {
     /// # Errors
     /// If there is not so much left.
     pub fn new(r: &dyn Reserve, s: &Shape) -> Result<Self> {
+        Self::around(r, s, &Activations::new(r, s, false)?)
+    }
+
+    /// Reserves what is needed beside activations that have their place already.
+    ///
+    /// # Errors
+    /// If there is not so much left.
+    pub fn around(r: &dyn Reserve, s: &Shape, a: &Activations) -> Result<Self> {
         let (d, m) = (s.inner, s.mlp);
         let longer = s.image_rows().max(s.text_rows());
         let one = |cols: usize| r.mat(s.ty, longer, cols);
         let several = Shape { samples: if s.samples == 1 { 0 } else { s.samples }, ..*s };
         Ok(Self {
-            normed: Pair::new(r, s, d)?,
-            packed: Pair::new(r, s, 3 * d)?,
-            heads: Heads::new(r, s)?,
-            kept: Kept::new(r, s)?,
-            attended: r.mat(s.ty, s.rows(), d)?,
+            normed: a.normed,
+            packed: a.packed,
+            heads: a.heads,
+            kept: Kept::new(r, s, a.lse)?,
+            attended: a.attended,
             attended_split: Pair::new(r, &several, d)?,
-            middle: Pair::new(r, s, d)?,
+            middle: a.middle,
+            up: a.up,
             dmiddle: Pair::new(r, s, d)?,
             dheads: Heads::new(r, s)?,
             dattended: r.mat(s.ty, s.rows(), d)?,
@@ -169,7 +216,6 @@ impl Space {
             one: One {
                 out: one(d)?,
                 normed: one(d)?,
-                up: one(2 * m)?,
                 hidden: one(m)?,
                 dhidden: one(m)?,
                 dpacked: one(3 * d)?,
@@ -230,16 +276,17 @@ impl Stream {
         c.pass(|gpu| gpu.gated_residual(middle, x, m.attention.gate, one.out))
     }
 
-    fn feed_forward(&self, c: &Context<'_>, s: &Shape, w: &Space, m: &StreamModulation, y: Mat, x: Mat) -> Result<()> {
+    #[allow(clippy::too_many_arguments)] // one stream of a visit
+    fn feed_forward(&self, c: &Context<'_>, s: &Shape, w: &Space, m: &StreamModulation, y: Mat, x: Mat, up: Mat) -> Result<()> {
         let (one, m) = (w.one.rows(x.rows)?, &m.mlp);
         c.pass(|gpu| gpu.ln_mod(one.normed, x, m.shift, m.scale, s.eps))?;
-        self.ff_in.forward(c, one.up, one.normed, one.low)?;
-        c.pass(|gpu| gpu.swiglu(one.hidden, one.up.columns(0, s.mlp)?, one.up.columns(s.mlp, s.mlp)?))?;
+        self.ff_in.forward(c, up, one.normed, one.low)?;
+        c.pass(|gpu| gpu.swiglu(one.hidden, up.columns(0, s.mlp)?, up.columns(s.mlp, s.mlp)?))?;
         self.ff_out.forward(c, one.out, one.hidden, one.low)?;
         c.pass(|gpu| gpu.gated_residual(y, x, m.gate, one.out))
     }
 
-    /// Backward of [`Self::feed_forward`]: `dx` becomes the gradient of `x` if `need_input`.
+    /// Backward of [`Self::feed_forward`]: `dx` becomes the gradient of `x` if it is needed.
     #[allow(clippy::too_many_arguments)] // one stream of a visit
     fn feed_forward_backward(
         &self,
@@ -248,17 +295,22 @@ impl Stream {
         w: &Space,
         m: &StreamModulation,
         (dx, dy): (Mat, Mat),
-        x: Mat,
-        need_input: bool,
+        (x, up): (Mat, Mat),
+        how: Back,
     ) -> Result<()> {
+        let need_input = how.need_input;
         let need_up = need_input || self.ff_in.adapted();
         if !need_up && !self.ff_out.adapted() {
             return Ok(());
         }
         let (one, m) = (w.one.rows(x.rows)?, &m.mlp);
-        let (gate, value) = (one.up.columns(0, s.mlp)?, one.up.columns(s.mlp, s.mlp)?);
-        c.pass(|gpu| gpu.ln_mod(one.normed, x, m.shift, m.scale, s.eps))?;
-        self.ff_in.forward(c, one.up, one.normed, one.low)?;
+        let (gate, value) = (up.columns(0, s.mlp)?, up.columns(s.mlp, s.mlp)?);
+        if !how.kept || self.ff_in.adapted() {
+            c.pass(|gpu| gpu.ln_mod(one.normed, x, m.shift, m.scale, s.eps))?;
+        }
+        if !how.kept {
+            self.ff_in.forward(c, up, one.normed, one.low)?;
+        }
         c.pass(|gpu| {
             if self.ff_out.adapted() {
                 gpu.swiglu(one.hidden, gate, value)?;
@@ -270,7 +322,7 @@ impl Stream {
             return Ok(());
         }
         c.pass(|gpu| gpu.swiglu_bwd(gate, value, one.dhidden, gate, value))?;
-        self.ff_in.backward(c, one.normed, one.up, need_input.then_some(one.out), false, one.low)?;
+        self.ff_in.backward(c, one.normed, up, need_input.then_some(one.out), false, one.low)?;
         if !need_input {
             return Ok(());
         }
@@ -338,21 +390,25 @@ impl Weights {
     /// The engine's.
     pub fn forward(&self, c: &Context<'_>, s: &Shape, w: &Space, cond: &Conditioning, y: Pair, x: Pair) -> Result<()> {
         self.up_to_middle(c, s, w, cond, x)?;
-        self.image.feed_forward(c, s, w, &cond.image, y.image, w.middle.image)?;
-        self.text.feed_forward(c, s, w, &cond.text, y.text, w.middle.text)
+        self.image.feed_forward(c, s, w, &cond.image, y.image, w.middle.image, w.up.image)?;
+        self.text.feed_forward(c, s, w, &cond.text, y.text, w.middle.text, w.up.text)
     }
 
-    /// Adds the adapters' gradients, and turns `dy` into the gradients of the streams before the block if `need_input`.
+    /// Adds the adapters' gradients, and turns `dy` into the gradients of the streams before the block if they are needed.
     ///
     /// # Errors
     /// The engine's.
     #[allow(clippy::too_many_arguments)] // the state of a visit
-    pub fn backward(&self, c: &Context<'_>, s: &Shape, w: &Space, cond: &Conditioning, dy: Pair, x: Pair, need_input: bool) -> Result<()> {
+    pub fn backward(&self, c: &Context<'_>, s: &Shape, w: &Space, cond: &Conditioning, dy: Pair, x: Pair, how: Back) -> Result<()> {
+        let need_input = how.need_input;
         let need_qkv = need_input || self.image.qkv_adapted() || self.text.qkv_adapted();
         let need_middle = need_qkv || self.image.out.adapted() || self.text.out.adapted();
-        let attended = self.up_to_middle(c, s, w, cond, x)?;
-        self.image.feed_forward_backward(c, s, w, &cond.image, (w.dmiddle.image, dy.image), w.middle.image, need_middle)?;
-        self.text.feed_forward_backward(c, s, w, &cond.text, (w.dmiddle.text, dy.text), w.middle.text, need_middle)?;
+        let attended = if how.kept { split(c, s, w.attended, w.attended_split)? } else { self.up_to_middle(c, s, w, cond, x)? };
+        let middle = Back { need_input: need_middle, ..how };
+        let image = ((w.dmiddle.image, dy.image), (w.middle.image, w.up.image));
+        self.image.feed_forward_backward(c, s, w, &cond.image, image.0, image.1, middle)?;
+        let text = ((w.dmiddle.text, dy.text), (w.middle.text, w.up.text));
+        self.text.feed_forward_backward(c, s, w, &cond.text, text.0, text.1, middle)?;
         if !need_middle {
             return Ok(());
         }

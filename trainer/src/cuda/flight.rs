@@ -1,15 +1,18 @@
 //! A micro-batch on its way through a step: what it brings, and the device memory that it has meanwhile.
 #![forbid(unsafe_code)]
 
+use std::collections::HashMap;
+
 use candle_core::{DType, Tensor};
 use serenity_cuda::{Mat, Ptr, Ty};
-use serenity_protocol::geometry::TransformerGeometry;
+use serenity_protocol::geometry::{BlockId, TransformerGeometry};
 use serenity_protocol::{Error, Result};
 
 use super::conditioning::Conditioning;
-use super::double::Pair;
+use super::double::{self, Pair};
 use super::inputs::{States, Turns};
 use super::plan::{Reserve, Shape};
+use super::single;
 use crate::model::ops::rope::{Position, Rope};
 use crate::model::{MicroBatch, tensor_error};
 
@@ -153,6 +156,35 @@ impl HeadSpace {
     }
 }
 
+/// How a block is gone through backwards.
+#[derive(Debug, Clone, Copy)]
+pub struct Back {
+    /// Whether the gradient of the block's input is needed.
+    pub need_input: bool,
+    /// Whether the activations of the forward pass are still there.
+    pub kept: bool,
+}
+
+/// Activations of a block that are kept from the forward to the backward pass.
+#[derive(Debug, Clone, Copy)]
+#[allow(clippy::large_enum_variant)] // one for each block at most
+pub enum Activations {
+    /// Of a double block.
+    Double(double::Activations),
+    /// Of a single block.
+    Single(single::Activations),
+}
+
+impl Activations {
+    /// Reserves them.
+    ///
+    /// # Errors
+    /// If there is not so much left.
+    pub fn new(r: &dyn Reserve, s: &Shape, double: bool) -> Result<Self> {
+        if double { double::Activations::new(r, s, true).map(Self::Double) } else { single::Activations::new(r, s).map(Self::Single) }
+    }
+}
+
 /// A micro-batch under way.
 #[derive(Debug)]
 pub struct Flight {
@@ -160,6 +192,8 @@ pub struct Flight {
     pub shape: Shape,
     /// Its memory.
     pub space: FlightSpace,
+    /// Activations of the blocks that keep them, by block.
+    pub kept: HashMap<BlockId, Activations>,
     /// Which attention engines fit it.
     pub engines: usize,
     /// Its number in the traffic with the host, where its states are kept for a backward pass.

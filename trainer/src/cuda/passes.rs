@@ -1,7 +1,7 @@
 //! The passes of a step: all blocks forward, the loss, all blocks back, layer-major over the micro-batches.
 //!
 //! Forward writes each block's output where the next block's input is kept, so that nothing is copied. Backward goes through the blocks in
-//! reverse, recomputes each from its kept input, and turns each micro-batch's gradient in place. As in [`crate::model::Flux2`], it ends at the
+//! reverse, recomputes each from its kept input (or finds its activations kept), and turns each micro-batch's gradient in place. As in [`crate::model::Flux2`], it ends at the
 //! first block with an adapter, and the last block is visited once for both passes.
 #![forbid(unsafe_code)]
 
@@ -16,12 +16,12 @@ use super::attention::Engines;
 use super::clock::Stage;
 use super::conditioning::bytes_of;
 use super::double::{self, Pair, merge, split};
-use super::flight::{EntrySpace, Flight, FlightSpace, HeadSpace, Sample};
+use super::flight::{Activations, Back, EntrySpace, Flight, FlightSpace, HeadSpace, Sample};
 use super::inputs::Turns;
 use super::linear::{Context, Linear, Weight};
 use super::plan::{Shape, is_double};
 use super::single;
-use super::step::{CudaStep, Observer};
+use super::step::{CudaStep, Observer, Watch};
 use crate::model::ops::rope::{Position, Rope};
 use crate::model::tensor_error;
 
@@ -50,7 +50,7 @@ impl CudaStep {
         g.blocks().find(|b| g.block_linears(*b).iter().any(|l| self.adapters.has(&l.name)))
     }
 
-    pub(super) fn gradients_of(&mut self, samples: &[Sample<'_>], stop: &dyn Fn() -> bool) -> Result<Vec<f64>> {
+    pub(super) fn gradients_of(&mut self, samples: &[Sample<'_>], stop: &dyn Fn() -> bool, watch: Option<Watch<'_>>) -> Result<Vec<f64>> {
         let first = self.first_adapted();
         let blocks: Vec<BlockId> = self.geometry.blocks().collect();
         let begins = first.map_or(blocks.len(), |b| usize::from(b.0));
@@ -64,6 +64,9 @@ impl CudaStep {
         for flight in &flights {
             self.head(flight, first.is_some().then_some(flights.len()))?;
             self.done_with(flight, blocks.len())?;
+        }
+        if let Some(watch) = watch {
+            flights.iter().try_for_each(|flight| watch(&self.gpu, flight))?;
         }
         let mut weights = last;
         for block in blocks.into_iter().rev().take_while(|b| first.is_some_and(|f| *b >= f)) {
@@ -112,7 +115,9 @@ impl CudaStep {
             shape.workspace = self.engines.get(engines).map_or(0, |(_, e)| e.workspace_bytes());
             let space = FlightSpace::new(&self.arena, &g, &shape, turns)?;
             let traffic = if back.is_some() { Some(self.traffic.join(&self.gpu, &shape)?) } else { None };
-            flights.push(Flight { shape, space, engines, traffic });
+            let keep = self.plan.kept.iter().filter(|b| back.is_some_and(|first| usize::from(b.0) >= first));
+            let kept = keep.map(|b| Ok((*b, Activations::new(&self.arena, &shape, is_double(&g, *b))?))).collect::<Result<_>>()?;
+            flights.push(Flight { shape, space, kept, engines, traffic });
         }
         for (flight, sample) in flights.iter().zip(samples) {
             self.enter(flight, sample)?;
@@ -214,13 +219,27 @@ impl CudaStep {
         Ok(None)
     }
 
+    fn double_space(&self, flight: &Flight, block: BlockId) -> Result<double::Space> {
+        match flight.kept.get(&block) {
+            Some(Activations::Double(kept)) => double::Space::around(&self.arena, &flight.shape, kept),
+            _ => double::Space::new(&self.arena, &flight.shape),
+        }
+    }
+
+    fn single_space(&self, flight: &Flight, block: BlockId) -> Result<single::Space> {
+        match flight.kept.get(&block) {
+            Some(Activations::Single(kept)) => single::Space::around(&self.arena, &flight.shape, kept),
+            _ => single::Space::new(&self.arena, &flight.shape),
+        }
+    }
+
     fn block_forward(&self, block: BlockId, weights: &[Weight], flight: &Flight) -> Result<()> {
         let index = usize::from(block.0);
         let (x, y) = (flight.space.states.get(index)?, self.to_write(flight, index + 1)?);
         let (c, s, cond) = (self.flight_context(flight), &flight.shape, &flight.space.conditioning);
         let mark = self.arena.mark();
         if is_double(&self.geometry, block) {
-            let space = double::Space::new(&self.arena, s)?;
+            let space = self.double_space(flight, block)?;
             let last = usize::from(block.0) + 1 == self.geometry.num_layers && self.geometry.num_single_layers > 0;
             // Single blocks want joint order.
             let place = flight.space.reorder.filter(|_| last);
@@ -230,7 +249,7 @@ impl CudaStep {
                 merge(&c, s, y, out)?;
             }
         } else {
-            let space = single::Space::new(&self.arena, s)?;
+            let space = self.single_space(flight, block)?;
             self.single(block, weights)?.forward(&c, s, &space, cond, y, x)?;
         }
         self.arena.reset(mark)?;
@@ -246,9 +265,10 @@ impl CudaStep {
             }
             let (c, s, cond) = (self.flight_context(flight), &flight.shape, &flight.space.conditioning);
             let (x, gradient) = (flight.space.states.get(index)?, flight.space.gradient);
+            let how = Back { need_input, kept: flight.kept.contains_key(&block) };
             let mark = self.arena.mark();
             if is_double(&self.geometry, block) {
-                let space = double::Space::new(&self.arena, s)?;
+                let space = self.double_space(flight, block)?;
                 let last = usize::from(block.0) + 1 == self.geometry.num_layers && self.geometry.num_single_layers > 0;
                 if let Some(place) = flight.space.reorder.filter(|_| last) {
                     let streams = split(&c, s, gradient, Pair::halves(place, s)?)?;
@@ -259,10 +279,10 @@ impl CudaStep {
                     })?;
                 }
                 let dy = Pair::halves(gradient, s)?;
-                self.double(block, weights)?.backward(&c, s, &space, cond, dy, Pair::halves(x, s)?, need_input)?;
+                self.double(block, weights)?.backward(&c, s, &space, cond, dy, Pair::halves(x, s)?, how)?;
             } else {
-                let space = single::Space::new(&self.arena, s)?;
-                self.single(block, weights)?.backward(&c, s, &space, cond, gradient, x, need_input)?;
+                let space = self.single_space(flight, block)?;
+                self.single(block, weights)?.backward(&c, s, &space, cond, gradient, x, how)?;
             }
             self.arena.reset(mark)?;
             self.done_with(flight, index)?;

@@ -7,6 +7,7 @@ use serenity_protocol::Result;
 
 use super::attention::{self, Heads, Kept};
 use super::conditioning::Conditioning;
+use super::flight::Back;
 use super::linear::{Context, Linear, Low, joined};
 use super::plan::{Reserve, Shape};
 
@@ -23,16 +24,38 @@ pub struct Weights {
     pub norm_k: Ptr,
 }
 
-/// Activations of a visit.
+/// What the backward pass needs of the forward pass: kept, or computed again.
 #[derive(Debug, Clone, Copy)]
-pub struct Space {
+pub struct Activations {
     /// Joined with the low-rank branch of `project`.
     normed: Mat,
     /// Queries, keys, values, gate and value; in the backward pass then their gradients.
     projected: Mat,
     heads: Heads,
-    kept: Kept,
+    lse: Mat,
     /// Input of `to_out`: attention, then feed-forward part.
+    joined: Mat,
+}
+
+impl Activations {
+    /// Reserves them.
+    ///
+    /// # Errors
+    /// If there is not so much left.
+    pub fn new(r: &dyn Reserve, s: &Shape) -> Result<Self> {
+        let (t, d, m) = (s.rows(), s.inner, s.mlp);
+        let mat = |cols: usize| r.mat(s.ty, t, cols);
+        Ok(Self { normed: joined(r, s, t, d)?, projected: mat(3 * d + 2 * m)?, heads: Heads::new(r, s)?, lse: Kept::lse(r, s)?, joined: mat(d + m)? })
+    }
+}
+
+/// Memory of a visit.
+#[derive(Debug, Clone, Copy)]
+pub struct Space {
+    normed: Mat,
+    projected: Mat,
+    heads: Heads,
+    kept: Kept,
     joined: Mat,
     /// Output of `to_out`, its gradient, and the gradient of `normed` (joined as that is), one after the other.
     out: Mat,
@@ -47,14 +70,22 @@ impl Space {
     /// # Errors
     /// If there is not so much left.
     pub fn new(r: &dyn Reserve, s: &Shape) -> Result<Self> {
+        Self::around(r, s, &Activations::new(r, s)?)
+    }
+
+    /// Reserves what is needed beside activations that have their place already.
+    ///
+    /// # Errors
+    /// If there is not so much left.
+    pub fn around(r: &dyn Reserve, s: &Shape, a: &Activations) -> Result<Self> {
         let (t, d, m) = (s.rows(), s.inner, s.mlp);
         let mat = |cols: usize| r.mat(s.ty, t, cols);
         Ok(Self {
-            normed: joined(r, s, t, d)?,
-            projected: mat(3 * d + 2 * m)?,
-            heads: Heads::new(r, s)?,
-            kept: Kept::new(r, s)?,
-            joined: mat(d + m)?,
+            normed: a.normed,
+            projected: a.projected,
+            heads: a.heads,
+            kept: Kept::new(r, s, a.lse)?,
+            joined: a.joined,
             out: joined(r, s, t, d)?,
             low: Low(mat(s.rank)?, mat(s.rank)?),
             djoined: mat(d + m)?,
@@ -113,14 +144,17 @@ impl Weights {
         c.pass(|gpu| gpu.gated_residual(y, h, cond.single.gate, out))
     }
 
-    /// Adds the adapters' gradients, and turns `dh` from the gradient of the block's output into that of its input `h` if `need_input`.
+    /// Adds the adapters' gradients, and turns `dh` from the gradient of the block's output into that of its input `h` if it is needed.
     ///
     /// # Errors
     /// The engine's.
     #[allow(clippy::too_many_arguments)] // the state of a visit
-    pub fn backward(&self, c: &Context<'_>, s: &Shape, w: &Space, cond: &Conditioning, dh: Mat, h: Mat, need_input: bool) -> Result<()> {
+    pub fn backward(&self, c: &Context<'_>, s: &Shape, w: &Space, cond: &Conditioning, dh: Mat, h: Mat, how: Back) -> Result<()> {
+        let need_input = how.need_input;
         let need_projected = need_input || self.project.adapted();
-        self.up_to_out(c, s, w, cond, h)?;
+        if !how.kept {
+            self.up_to_out(c, s, w, cond, h)?;
+        }
         let dout = w.out.columns(0, s.inner)?;
         c.pass(|gpu| gpu.gated_residual_bwd(dout, cond.single.gate, dh))?;
         self.out.backward(c, w.joined, dout, need_projected.then_some(w.djoined), false, w.low)?;

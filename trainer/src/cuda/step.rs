@@ -15,6 +15,7 @@ use super::attention::Engines;
 use super::blocks::{Blocks, Payload, Stats, Supply};
 use super::clock::{Clock, HostTimes, Stage, Times};
 use super::conditioning::Other;
+use super::flight::Flight;
 pub use super::flight::Sample;
 use super::inputs::Traffic;
 use super::linear::Context;
@@ -63,6 +64,9 @@ pub struct State {
 
 /// Called after each block with its output: all rows as they lie (text rows first for a double block, joint order for a single one).
 pub type Observer<'o> = &'o mut dyn FnMut(BlockId, &Shape, Mat) -> Result<()>;
+
+/// Called with each micro-batch between the passes.
+pub type Watch<'w> = &'w mut dyn FnMut(&Gpu, &Flight) -> Result<()>;
 
 /// The state of training on a device.
 pub struct CudaStep {
@@ -243,7 +247,16 @@ impl CudaStep {
     pub fn gradients(&mut self, batches: &[MicroBatch], stop: &dyn Fn() -> bool) -> Result<Vec<f64>> {
         self.clock.at(Stage::Begun);
         let samples = batches.iter().map(Sample::of).collect::<Result<Vec<_>>>()?;
-        self.within(|this| this.gradients_of(&samples, stop))
+        self.within(|this| this.gradients_of(&samples, stop, None))
+    }
+
+    /// As [`Self::gradients`]; `watch` sees each micro-batch between the passes, with the gradient of the last block's output.
+    ///
+    /// # Errors
+    /// As [`Self::loss`]; those of `watch`.
+    pub fn gradients_watched(&mut self, batches: &[MicroBatch], watch: Watch<'_>) -> Result<Vec<f64>> {
+        let samples = batches.iter().map(Sample::of).collect::<Result<Vec<_>>>()?;
+        self.within(|this| this.gradients_of(&samples, &|| false, Some(watch)))
     }
 
     /// The gradient norm before clipping. Waits for the step.

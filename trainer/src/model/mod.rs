@@ -8,14 +8,14 @@
 
 mod adapter;
 mod batch;
-mod block;
+pub(crate) mod block;
 mod checkpoint_source;
 mod conditioning;
-mod double_block;
+pub(crate) mod double_block;
 mod flux2;
 pub mod ops;
 mod other;
-mod single_block;
+pub(crate) mod single_block;
 mod weights;
 
 pub use adapter::{Adapter, AdapterGrads, AdapterSet};

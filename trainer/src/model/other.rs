@@ -9,7 +9,7 @@ use serenity_protocol::{Error, Result};
 use super::tensor_error;
 
 /// The linears outside the blocks (compute dtype, `[out, in]`) and all QK norm weights (`[head_dim]`, float32: the norm computes in it).
-#[derive(Debug)]
+#[derive(Debug, Clone)]
 pub struct OtherWeights {
     device: Device,
     dtype: DType,

@@ -4,10 +4,12 @@
 //! golden     float32: every block's output, loss, gradients and three updates of the reference
 //! processor  float32 and bf16: several micro-batches of different sizes against the CPU path on the same dequantised weights
 //! streamed   every way to hold blocks, inputs and activations: the same adapters, bit for bit, after some steps; and two runs the same
+//! block      one full-size block of each kind in files, for comparison with PyTorch by `scripts/check_block_torch.py`
 //! timing     steps of random weights at full size, by row of the targets table
 //! ```
 #![forbid(unsafe_code)]
 
+mod block;
 mod golden;
 mod model;
 mod processor;
@@ -41,6 +43,10 @@ pub struct Options {
     pub accumulation: usize,
     /// Timed steps.
     pub steps: usize,
+    /// Folder for the blocks that PyTorch compares.
+    pub dump: PathBuf,
+    /// Whether the CPU path computes those blocks: to check the comparison itself.
+    pub on_processor: bool,
     /// Tunings to time after the one of the environment, see [`serenity_cuda::Tuning`].
     pub variants: Vec<String>,
 }
@@ -79,13 +85,20 @@ impl std::fmt::Display for Line {
 /// [`Error::Config`] for an unknown section; [`Error::Absent`] if there is no device.
 pub fn run(options: &Options, show: &mut dyn FnMut(&Line)) -> Result<bool> {
     type Run = fn(&Options, &mut dyn FnMut(Line)) -> Result<()>;
-    let all: [(&'static str, Run); 4] =
-        [("golden", golden::golden), ("processor", processor::processor), ("streamed", streamed::streamed), ("timing", timing::timing)];
+    let all: [(&'static str, Run); 5] = [
+        ("golden", golden::golden),
+        ("processor", processor::processor),
+        ("streamed", streamed::streamed),
+        ("block", block::block),
+        ("timing", timing::timing),
+    ];
     if let Some(unknown) = options.sections.iter().find(|s| all.iter().all(|(name, _)| name != s)) {
         let known: Vec<&str> = all.iter().map(|(name, _)| *name).collect();
         return Err(Error::config(format!("there is no section '{unknown}'")).expected(known.join(", ")));
     }
-    drop(Gpu::open(options.device)?);
+    if !options.on_processor {
+        drop(Gpu::open(options.device)?);
+    }
     let mut ok = true;
     for (section, run) in all {
         if !options.sections.is_empty() && !options.sections.iter().any(|s| s == section) {

@@ -7,8 +7,10 @@
 use serenity_cuda::arena::ALIGNMENT;
 use serenity_protocol::{Error, Result};
 
-use super::{Forecast, Need, Plan};
+use super::forecast::first_adapted;
+use super::{Forecast, Need, Plan, is_double, measured};
 use crate::cuda::assignment::Slots;
+use crate::cuda::flight::Activations;
 use crate::cuda::inputs::Turns;
 
 /// A possibility must be better by this part to be worth more than a simpler one.
@@ -34,6 +36,7 @@ pub(super) fn choose(fixed: &Plan, need: &Need<'_>, rings: &[usize]) -> Result<P
                 continue;
             }
             fill(&mut plan, need);
+            keep(&mut plan, need)?;
             plan.forecast = Forecast::of(&plan, need, &need.limits.rates)?;
             if best.as_ref().is_none_or(|b| plan.forecast.seconds < b.forecast.seconds * (1.0 - WORTH)) {
                 best = Some(plan);
@@ -97,4 +100,22 @@ fn fill(plan: &mut Plan, need: &Need<'_>) {
             plan.resident_bytes += bytes;
         }
     }
+}
+
+/// With every block and every input on the device, activations are kept as far as the budget goes: of the last blocks, for all cost the same.
+fn keep(plan: &mut Plan, need: &Need<'_>) -> Result<()> {
+    if plan.resident.len() < need.payloads.len() || plan.turns.saved() > 0 {
+        return Ok(());
+    }
+    let first = first_adapted(need);
+    for block in need.geometry.blocks().skip(first).collect::<Vec<_>>().into_iter().rev() {
+        let double = is_double(need.geometry, block);
+        let bytes = measured(|m| need.shapes.iter().try_for_each(|s| Activations::new(m, s, double).map(drop)))?;
+        if plan.kept.len() >= need.limits.kept_max || plan.total() + bytes > need.budget {
+            break;
+        }
+        plan.kept.push(block);
+        plan.kept_bytes += bytes;
+    }
+    Ok(())
 }

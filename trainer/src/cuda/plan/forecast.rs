@@ -101,12 +101,7 @@ impl Work {
 impl Forecast {
     pub(super) fn of(plan: &Plan, need: &Need<'_>, rates: &Rates) -> Result<Self> {
         let blocks: Vec<BlockId> = need.geometry.blocks().collect();
-        let adapted = |b: &BlockId| {
-            let prefix = format!("{}.", need.geometry.block_prefix(*b));
-            need.targets.iter().any(|t| t.name.starts_with(&prefix))
-        };
-        let first = blocks.iter().position(adapted).unwrap_or(blocks.len());
-        let mut back: Vec<BlockId> = blocks.iter().skip(first).rev().copied().collect();
+        let mut back: Vec<BlockId> = blocks.iter().skip(first_adapted(need)).rev().copied().collect();
         let mut assignment = Assignment::new(&plan.resident, plan.slots, Slots::of(need.payloads).spans);
         let mut clock = Timeline { rates, bus: 0.0, compute: 0.0, done: vec![0.0], moved: 0.0 };
         let turned = !back.is_empty();
@@ -144,6 +139,15 @@ impl Forecast {
     }
 }
 
+/// Number of the first block with an adapter, where the backward pass ends; that of blocks if there is none.
+pub(super) fn first_adapted(need: &Need<'_>) -> usize {
+    let adapted = |b: BlockId| {
+        let prefix = format!("{}.", need.geometry.block_prefix(b));
+        need.targets.iter().any(|t| t.name.starts_with(&prefix))
+    };
+    need.geometry.blocks().position(adapted).unwrap_or(need.geometry.num_blocks())
+}
+
 /// Bytes of one state of all micro-batches.
 fn states(need: &Need<'_>) -> f64 {
     need.shapes.iter().map(|s| s.state_bytes() as f64).sum()
@@ -158,10 +162,11 @@ fn visit(plan: &Plan, need: &Need<'_>, block: BlockId, forward: bool, backward: 
             work = work + Work::pass(shape, payload, double, 1.0);
         }
         if backward {
-            if !plan.kept.contains(&block) {
-                work = work + Work::pass(shape, payload, double, 1.0);
-            }
             work = work + Work::pass(shape, payload, double, 2.5);
+            if plan.kept.contains(&block) {
+                continue;
+            }
+            work = work + Work::pass(shape, payload, double, 1.0);
             if plan.tile >= dequantised(payload, shape.ty) {
                 // Recompute and input gradient share what is dequantised.
                 work.traffic -= coded(payload) * (1 + shape.ty.bytes()) as f64;

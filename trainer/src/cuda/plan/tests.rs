@@ -101,3 +101,16 @@ fn limits_are_kept() {
     let least = minimum(&plan_of(1024, 1, 1024, limits).unwrap_err());
     assert!(least > minimum(&self::plan(1024, 1).unwrap_err()) + 700, "{least}");
 }
+
+#[test]
+fn activations_are_kept_where_there_is_room() {
+    let plan = plan_of(60 << 10, 1, 1024, Limits::default()).unwrap();
+    println!("{plan}");
+    assert_eq!((plan.resident.len(), plan.kept.len()), (56, 56), "{plan}");
+    assert!((plan.forecast.flops / 1e12 - 180.2).abs() < 1.0, "{plan}");
+    let some = plan_of(40 << 10, 1, 1024, Limits::default()).unwrap();
+    assert!(!some.kept.is_empty() && some.kept.len() < 56 && some.total() <= some.budget, "{some}");
+    let none = plan_of(60 << 10, 1, 1024, Limits { kept_max: 0, ..Limits::default() }).unwrap();
+    assert!(none.kept.is_empty() && none.forecast.flops > 267e12);
+    assert!(plan.forecast.seconds < some.forecast.seconds && some.forecast.seconds < none.forecast.seconds);
+}
