@@ -4,7 +4,8 @@
 #   scripts/gpu-check.sh [BINARY] [SECTION...] [--json]     default BINARY: target/release/serenity-gpu-check
 #   scripts/gpu-check.sh processes [--bin DIR] [...]        whole runs through all processes instead: see scripts/gpu_processes.py
 #   scripts/gpu-check.sh sanitizer [DIR]                    training steps of the reference's tiny model under compute-sanitizer, memcheck and racecheck
-#   scripts/gpu-check.sh all [DIR]                          all three, with the programs in DIR (default target/release)
+#   scripts/gpu-check.sh step [DIR]                         the training step: goldens, the CPU path, streamed = resident, full-size blocks against PyTorch
+#   scripts/gpu-check.sh all [DIR]                          all of them, with the programs in DIR (default target/release)
 #
 # Exit 0: all agree (or there is no GPU: then it says SKIPPED). 1: something differs. Other codes: it could not run.
 # Libraries (driver, nvrtc, cublasLt, cudnn) are looked for in the usual places and in the wheels of python3's site-packages.
@@ -37,10 +38,23 @@ if [ "${1:-}" = sanitizer ]; then
   done
   exit 0
 fi
+if [ "${1:-}" = step ]; then
+  . scripts/gpu-libraries.sh
+  blocks=$(mktemp -d)
+  trap 'rm -rf "$blocks"' EXIT
+  "${2:-target/release}/serenity-trainer" gpu-check golden processor streamed block --dump "$blocks"
+  if python3 -c 'import torch, numpy' 2> /dev/null; then
+    python3 scripts/check_block_torch.py "$blocks"
+  else
+    echo "SKIPPED: no PyTorch here. Gradients of full-size blocks were not compared with it."
+  fi
+  exit 0
+fi
 if [ "${1:-}" = all ]; then
   dir=${2:-target/release}
   "$0" "$dir/serenity-gpu-check"
   "$0" sanitizer "$dir"
+  "$0" step "$dir"
   exec "$0" processes --bin "$dir"
 fi
 if [ ! -x "$binary" ]; then

@@ -11,7 +11,7 @@ DIR of --bin holds the programs (default target/release). Sections (--only):
 Also checked: the driver's figure stays below the cap and does not grow after step 5, and the first loss is the processor's.
 Prints a line for each verdict. Exit 1 if one failed.
 """
-import argparse, array, copy, hashlib, json, os, re, shutil, signal, subprocess, sys, time
+import argparse, array, copy, hashlib, json, os, random, re, shutil, signal, subprocess, sys, time
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -282,12 +282,11 @@ def damage(lab, args):
                 continue
             with open(ring, "r+b") as file:
                 end = file.seek(0, 2)
-                for part in range(1, 64):
-                    at = end * part // 64 + 4097 * part % 8191
-                    file.seek(at)
+                for place in random.Random(1).sample(range(1 << 20, end), 256):
+                    file.seek(place)
                     byte = file.read(1)
-                    file.seek(at)
-                    file.write(bytes([byte[0] ^ 1 << part % 8]))
+                    file.seek(place)
+                    file.write(bytes([byte[0] ^ 1 << place % 8]))
                     flipped += 1
                 print(f"     {flipped} bits flipped in {ring} of {end >> 20} MiB", flush=True)
         time.sleep(0.005)

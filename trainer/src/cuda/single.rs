@@ -45,7 +45,13 @@ impl Activations {
     pub fn new(r: &dyn Reserve, s: &Shape) -> Result<Self> {
         let (t, d, m) = (s.rows(), s.inner, s.mlp);
         let mat = |cols: usize| r.mat(s.ty, t, cols);
-        Ok(Self { normed: joined(r, s, t, d)?, projected: mat(3 * d + 2 * m)?, heads: Heads::new(r, s)?, lse: Kept::lse(r, s)?, joined: mat(d + m)? })
+        Ok(Self {
+            normed: joined(r, s, t, d)?,
+            projected: mat(3 * d + 2 * m)?,
+            heads: Heads::new(r, s)?,
+            lse: Kept::lse(r, s)?,
+            joined: mat(d + m)?,
+        })
     }
 }
 

@@ -1,8 +1,9 @@
 //! One full-size block of each kind, for comparison with PyTorch: inputs, weights, adapters and gradients go to files, and
 //! `scripts/check_block_torch.py` computes the gradients again in float32 by autograd.
 //!
-//! A model of one block is taken through a step; what the block saw (its input, its conditioning, the gradient of its output) is read off in
-//! between, so that the comparison is of the block alone. The same files can be written by the CPU path, which checks the script.
+//! A model of one block is taken through a step; what the block saw (its input, its conditioning) is read off in between, and the gradient of
+//! its output replaced by random values, for text rows too, so that the comparison is of the whole block and of nothing else. Once in float32
+//! and once in bf16. The same files can be written by the CPU path, which checks the script.
 #![forbid(unsafe_code)]
 
 use std::collections::BTreeMap;
@@ -48,10 +49,17 @@ pub(super) fn block(options: &Options, emit: &mut dyn FnMut(Line)) -> Result<()>
         let geometry =
             TransformerGeometry { num_layers: double, num_single_layers: 1 - double, joint_attention_dim: FEATURES, ..g.clone() };
         let one = One::new(geometry)?;
-        let tensors = if options.on_processor { one.on_processor()? } else { one.on_device(options.device)? };
-        one.write(&options.dump, name, &tensors)?;
-        let folder = options.dump.display();
-        emit(holds(format!("{name} block in files"), true, format!("now: python3 scripts/check_block_torch.py {folder}")));
+        let types: &[Ty] = if options.on_processor { &[Ty::F32] } else { &[Ty::F32, Ty::Bf16] };
+        for ty in types {
+            let tensors = if options.on_processor { one.on_processor()? } else { one.on_device(options.device, *ty)? };
+            one.write(&options.dump, (name, *ty), &tensors)?;
+            let folder = options.dump.display();
+            emit(holds(
+                format!("{name} block, {}, in files", ty.name()),
+                true,
+                format!("now: python3 scripts/check_block_torch.py {folder}"),
+            ));
+        }
     }
     Ok(())
 }
@@ -86,7 +94,7 @@ impl One {
         Ok(Self { geometry, other, payload, bytes, adapters })
     }
 
-    fn on_device(&self, device: usize) -> Result<Tensors> {
+    fn on_device(&self, device: usize, ty: Ty) -> Result<Tensors> {
         let (g, gpu) = (&self.geometry, Gpu::open(device)?);
         let (text, height, width) = SIZES;
         let batch = random_batch(g, 3, (1, text, height, width))?;
@@ -94,7 +102,7 @@ impl One {
         let hosted = Hosted { geometry: g.clone(), other: self.other.clone(), payloads: vec![self.payload.clone()], memory };
         let setup = Setup {
             hosted: &hosted,
-            ty: Ty::Bf16,
+            ty,
             adapters: &self.adapters,
             optimizer: &OPTIMIZER,
             batches: vec![sizes(&batch)?],
@@ -105,6 +113,7 @@ impl One {
         let mut step = build(gpu, setup)?;
         let mut tensors = Tensors::new();
         step.gradients_watched(std::slice::from_ref(&batch), &mut |gpu, flight| {
+            gpu.fill_random(flight.space.gradient, 5, 1.0)?;
             tensors = seen(gpu, flight)?;
             Ok(())
         })?;
@@ -179,7 +188,7 @@ impl One {
         named.flat_map(|(x, (a, b))| [(format!("grad.A.{}", x.name), a.clone()), (format!("grad.B.{}", x.name), b.clone())]).collect()
     }
 
-    fn write(&self, folder: &Path, name: &str, tensors: &Tensors) -> Result<()> {
+    fn write(&self, folder: &Path, (kind, ty): (&str, Ty), tensors: &Tensors) -> Result<()> {
         let g = &self.geometry;
         let mut all: Tensors = tensors.clone();
         for adapter in &self.adapters.adapters {
@@ -199,10 +208,11 @@ impl One {
                 "codes": codes, "scales": scales, "padded": padded})
         };
         let about = json!({
-            "kind": name, "prefix": prefix, "heads": g.num_attention_heads, "mlp": g.mlp_dim(), "eps": g.eps, "text": SIZES.0,
+            "kind": kind, "type": ty.name(), "prefix": prefix, "heads": g.num_attention_heads, "mlp": g.mlp_dim(), "eps": g.eps, "text": SIZES.0,
             "scale": self.adapters.alpha / self.adapters.rank as f64,
             "parts": self.payload.parts.iter().zip(&linears).map(part).collect::<Vec<_>>(),
         });
+        let name = format!("{kind}-{}", ty.name());
         atomic_file::write(&folder.join(format!("{name}.payload")), &self.bytes)?;
         atomic_file::write(&folder.join(format!("{name}.safetensors")), &safetensors_bytes(&BTreeMap::new(), &all)?)?;
         atomic_file::write(&folder.join(format!("{name}.json")), about.to_string().as_bytes())
