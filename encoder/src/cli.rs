@@ -11,7 +11,8 @@ use serenity_protocol::message::Role;
 use serenity_protocol::process::{self, Process};
 use serenity_protocol::{Error, Result};
 
-use crate::run::{RunOptions, Shard, run};
+use crate::engine::HiddenBudget;
+use crate::run::{HIDDEN_BYTES_MAX, RunOptions, Shard, run};
 use crate::{bench, cache_tool, parity, remote};
 
 /// Encodes captions and images into the cache that the trainer reads
@@ -43,6 +44,10 @@ struct JobArgs {
     /// Read and verify every entry that exists, not only those that changed since they were last verified
     #[arg(long)]
     verify: bool,
+    /// MiB of hidden states that are kept in memory; more go to a nameless file (in the cache folder; with --stdio in the folder for
+    /// temporary files)
+    #[arg(long, value_name = "MIB", default_value_t = (HIDDEN_BYTES_MAX >> 20) as u64)]
+    hidden_mb: u64,
 }
 
 #[derive(Subcommand)]
@@ -180,14 +185,16 @@ fn cache(command: &CacheCommand, process: &Process) -> Result<()> {
 }
 
 fn job(args: &JobArgs, process: &Process) -> Result<()> {
+    let memory_bytes_max = usize::try_from(args.hidden_mb).unwrap_or(usize::MAX).saturating_mul(1 << 20);
+    let budget = HiddenBudget { memory_bytes_max, file_bytes_max: None };
     if args.stdio {
-        return remote::server::serve(std::io::stdin(), std::io::stdout(), process);
+        return remote::server::serve(std::io::stdin(), std::io::stdout(), budget, process);
     }
     let path = args.config.as_deref().ok_or_else(|| {
         Error::config("no configuration was given").advice("serenity-encoder --config FILE (see --help for bench and parity)")
     })?;
     let config = Config::load(path, &args.overrides.clone().into())?;
     let check = if args.verify { Check::Deep } else { Check::Changed };
-    run(&config, RunOptions { shard: args.shard, check, ..RunOptions::default() }, process)?;
+    run(&config, RunOptions { shard: args.shard, check, budget }, process)?;
     Ok(())
 }

@@ -55,7 +55,7 @@ fn damaged_link(kind: Kind, at: usize, armed: &Arc<Mutex<bool>>) -> Link {
     std::thread::spawn(move || relay(c, d, kind, at, second));
     let (input, output) = (copy(&server), copy(&server));
     std::thread::spawn(move || {
-        let _ = server::serve(input, output, &Process::detached(Role::Encoder));
+        let _ = server::serve(input, output, RunOptions::default().budget, &Process::detached(Role::Encoder));
         let _ = server.shutdown(std::net::Shutdown::Both);
     });
     let (reader, writer) = (copy(&client), copy(&client));
@@ -207,6 +207,46 @@ fn over_ssh_as_here_and_nothing_from_strangers_or_other_versions() {
     let error = sshd.run(&dir, "stranger", &sshd.settings(sshd.port, "host", script.to_str().unwrap())).unwrap_err();
     assert!(error.exit_code() == 69 && error.to_string().contains("wire 999"), "{error}");
     assert!(!dir.path("stranger/text").exists());
+}
+
+/// The encoder where no file can grow: what a full disk does, without root and without a disk to fill.
+fn full_disk(dir: &Dir) -> String {
+    let script = dir.path("full-disk");
+    std::fs::write(&script, format!("#!/bin/sh\ntrap '' XFSZ\nulimit -f 0\nexec {ENCODER} --hidden-mb 0 \"$@\"\n")).unwrap();
+    std::fs::set_permissions(&script, std::os::unix::fs::PermissionsExt::from_mode(0o755)).unwrap();
+    script.to_str().unwrap().into()
+}
+
+#[test]
+fn a_host_that_fills_its_disk_is_named_and_what_it_has_done_is_kept() {
+    let Some(sshd) = Sshd::start() else { return };
+    let dir = Dir::new(&CAPTIONS);
+    dir.run("local").unwrap();
+    let error = sshd.run(&dir, "remote", &sshd.settings(sshd.port, "host", &full_disk(&dir))).unwrap_err();
+    assert!(error.exit_code() == 75 && error.to_string().contains("hidden states"), "{error}");
+    let kept = dir.entries("remote");
+    assert!(kept.len() == 4 && kept.iter().all(|(name, bytes)| dir.entries("local").get(name) == Some(bytes)), "the images");
+    let summary = sshd.run(&dir, "remote", &sshd.settings(sshd.port, "host", ENCODER)).unwrap();
+    assert_eq!(counts(summary), (4, 0, 4));
+    assert!(dir.entries("remote") == dir.entries("local"));
+}
+
+#[test]
+fn a_full_disk_under_the_cache_leaves_no_torn_entry() {
+    let dir = Dir::new(&CAPTIONS);
+    dir.run("whole").unwrap();
+    let config = serde_json::json!({
+        "model": {"path": dir.path("model"), "max_sequence_length": 96},
+        "data": {"concepts": [{"path": dir.path("images")}], "cache_dir": dir.path("cache")},
+        "resolution": 64, "output_dir": dir.path("out"), "train_device": "cpu",
+    });
+    std::fs::write(dir.path("config.json"), config.to_string()).unwrap();
+    let done = Command::new(full_disk(&dir)).arg("--config").arg(dir.path("config.json")).output().unwrap();
+    let said = String::from_utf8_lossy(&done.stderr).into_owned();
+    assert!(done.status.code() == Some(75) && said.contains("free some space"), "{:?}: {said}", done.status);
+    assert!(dir.entries("cache").is_empty());
+    dir.run("cache").unwrap();
+    assert!(dir.entries("cache") == dir.entries("whole"));
 }
 
 /// Copies until the budget that both directions share is used up, then cuts both.

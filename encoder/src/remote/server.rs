@@ -16,18 +16,17 @@ use serenity_protocol::{Error, Result};
 use super::frame::{self, Frame, Kind};
 use super::{CaptionItem, EntryHead, Failure, Hello, ImageHead, Job};
 use crate::engine::{CaptionWork, Engine, HiddenBudget, ImageWork};
-use crate::run::HIDDEN_BYTES_MAX;
 
 /// Time between two signs of life.
 const ALIVE_EVERY: Duration = Duration::from_secs(1);
 /// Frames received ahead.
 const AHEAD: usize = 2;
 
-/// Serves one client and ends.
+/// Serves one client and ends. Hidden states beyond `budget` go to the folder for temporary files.
 ///
 /// # Errors
 /// What was wrong; the client has been told, if it could be.
-pub fn serve(input: impl Read + Send + 'static, output: impl Write + Send, process: &Process) -> Result<()> {
+pub fn serve(input: impl Read + Send + 'static, output: impl Write + Send, budget: HiddenBudget, process: &Process) -> Result<()> {
     let output = Mutex::new(output);
     let ended = AtomicBool::new(false);
     // The reader is not joined: it may wait for a client that sends nothing more.
@@ -41,7 +40,7 @@ pub fn serve(input: impl Read + Send + 'static, output: impl Write + Send, proce
                 let _ = reply(&output, |o| frame::send_json(o, Kind::Alive, &()));
             }
         });
-        let result = converse(&frames, &output, process);
+        let result = converse(&frames, &output, budget, process);
         // Relaxed: see above.
         ended.store(true, Ordering::Relaxed);
         alive.thread().unpark();
@@ -94,7 +93,7 @@ fn next(frames: &Frames, kind: Kind) -> Result<Frame> {
     Err(Error::data("the client sent a frame out of turn").expected(format!("{kind:?}")).found(format!("{:?}", frame.kind)))
 }
 
-fn converse<W: Write>(frames: &Frames, output: &Mutex<W>, process: &Process) -> Result<()> {
+fn converse<W: Write>(frames: &Frames, output: &Mutex<W>, budget: HiddenBudget, process: &Process) -> Result<()> {
     let ours = Hello::ours();
     reply(output, |o| frame::send_json(o, Kind::Hello, &ours))?;
     let theirs: Hello = next(frames, Kind::Hello)?.json()?;
@@ -111,7 +110,7 @@ fn converse<W: Write>(frames: &Frames, output: &Mutex<W>, process: &Process) -> 
         hidden_states: job.hidden_states,
         max_length: job.max_length,
         resolution: job.resolution,
-        budget: HiddenBudget { memory_bytes_max: HIDDEN_BYTES_MAX, file_bytes_max: None },
+        budget,
         scratch: &scratch,
         process,
     };
