@@ -159,16 +159,19 @@ impl Drop for Over<'_> {
 }
 
 fn consume<'a>(mut reader: Reader<'a>, watch: &Watch) -> Reader<'a> {
-    // Relaxed here and below: counters and flags that order nothing.
+    // Relaxed: the partner is the store in `Watch`'s owner; it ends the loop and orders nothing.
     while !watch.over.load(Ordering::Relaxed) {
         let held = reader.segment.is_held(RingRole::Loader);
         match reader.try_lease() {
             Some(leased) => {
                 reader.check_and_release(&leased);
+                // Relaxed: read in `restart`, which needs the numbers alone.
                 watch.delivered.fetch_add(1, Ordering::Relaxed);
+                // Relaxed: as above.
                 watch.starved.store(false, Ordering::Relaxed);
             }
             None => {
+                // Relaxed: as above.
                 watch.starved.store(!held, Ordering::Relaxed);
                 std::thread::sleep(Duration::from_micros(200));
             }
@@ -179,6 +182,7 @@ fn consume<'a>(mut reader: Reader<'a>, watch: &Watch) -> Reader<'a> {
 
 /// Time from the start of a loader to its first chunk; the dead one's are all taken before.
 fn restart(lab: &Lab, watch: &Watch, faults: &str) -> (Running, Option<Duration>) {
+    // Relaxed, here and below: the partners are the stores in `consume`; only the values matter.
     wait_for("the end of what the dead loader left", || watch.starved.load(Ordering::Relaxed).then_some(()));
     let before = watch.delivered.load(Ordering::Relaxed);
     let start = Instant::now();
@@ -186,6 +190,7 @@ fn restart(lab: &Lab, watch: &Watch, faults: &str) -> (Running, Option<Duration>
     let mut first = None;
     while first.is_none() && loader.is_running() {
         assert!(start.elapsed() < PATIENCE, "a new loader delivers nothing: {:?}\n{}", lab.slots(), loader.log());
+        // Relaxed: see above.
         first = (watch.delivered.load(Ordering::Relaxed) > before).then(|| start.elapsed());
         std::thread::sleep(Duration::from_micros(500));
     }

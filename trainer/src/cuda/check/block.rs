@@ -20,7 +20,6 @@ use super::model::{Hosted, OPTIMIZER, SMALL_BUDGET, Setup, build, everything, pi
 use super::timing::dev;
 use super::{Line, Options, holds};
 use crate::cuda::blocks::{Form, Payload};
-use crate::cuda::conditioning::Modulation;
 use crate::cuda::flight::Flight;
 use crate::cuda::plan::Limits;
 use crate::cuda::step::read;
@@ -37,6 +36,9 @@ const SIZES: (usize, usize, usize) = (128, 16, 16);
 const RANK: usize = 16;
 /// Text features: what embeds them is not compared.
 const FEATURES: usize = 256;
+
+/// Modulations by the names that the script knows.
+const SETS: [&str; 5] = ["image.attention", "image.mlp", "text.attention", "text.mlp", "single"];
 
 /// Tensors by the names that the script knows.
 type Tensors = Vec<(String, Tensor)>;
@@ -150,14 +152,8 @@ impl One {
         let mut tensors = vec![("x".into(), x), ("dy".into(), dy)];
         let rope = &cond.positions.joint;
         tensors.extend([("cos".into(), rope.cos().clone()), ("sin".into(), rope.sin().clone())]);
-        let sets = [
-            ("image.attention", &cond.image.attention),
-            ("image.mlp", &cond.image.mlp),
-            ("text.attention", &cond.text.attention),
-            ("text.mlp", &cond.text.mlp),
-            ("single", &cond.single),
-        ];
-        for (name, set) in sets {
+        let sets = [&cond.image.attention, &cond.image.mlp, &cond.text.attention, &cond.text.mlp, &cond.single];
+        for (name, set) in SETS.into_iter().zip(sets) {
             for (part, tensor) in [("shift", &set.shift), ("scale", &set.scale), ("gate", &set.gate)] {
                 tensors.push((format!("{name}.{part}"), tensor.clone()));
             }
@@ -225,14 +221,8 @@ fn seen(gpu: &Gpu, flight: &Flight) -> Result<Tensors> {
     let tensor = |mat: Mat| Tensor::from_vec(read(gpu, mat)?, (mat.rows, mat.cols), &Device::Cpu).map_err(held);
     let mut tensors = vec![("x".into(), tensor(space.states.get(0)?)?), ("dy".into(), tensor(space.gradient)?)];
     tensors.extend([("cos".into(), tensor(cond.cos)?), ("sin".into(), tensor(cond.sin)?)]);
-    let sets: [(&str, &Modulation); 5] = [
-        ("image.attention", &cond.image.attention),
-        ("image.mlp", &cond.image.mlp),
-        ("text.attention", &cond.text.attention),
-        ("text.mlp", &cond.text.mlp),
-        ("single", &cond.single),
-    ];
-    for (name, set) in sets {
+    let sets = [&cond.image.attention, &cond.image.mlp, &cond.text.attention, &cond.text.mlp, &cond.single];
+    for (name, set) in SETS.into_iter().zip(sets) {
         for (part, mat) in [("shift", set.shift), ("scale", set.scale), ("gate", set.gate)] {
             tensors.push((format!("{name}.{part}"), tensor(mat)?));
         }
