@@ -1,18 +1,19 @@
 #!/usr/bin/env bash
 # Times training steps on this machine's GPU with the real ring and loader: a row of docs/performance.md for each configuration in bench/.
 #
-#   scripts/gpu-bench.sh [--bin DIR] [--data DIR] [--steps N] [ROW...]      a row is the name of a file in bench/, without .json
+#   scripts/gpu-bench.sh [--bin DIR] [--data DIR] [--steps N] [--set KEY=VALUE]... [ROW...]      a row is the name of a file in bench/, without .json
 #
 # DIR of --data holds (or gets: `serenity-slab synth`, 34 GB) the full-size random slab dev.safetensors; a folder in /dev/shm stands in
 # for a fast disk. Each row: JSON on standard output, the table of the trainer on standard error.
 set -euo pipefail
 cd "$(dirname "$0")/.."
-bin=target/release data=output/bench steps=10 rows=()
+bin=target/release data=output/bench steps=10 rows=() sets=()
 while [ $# -gt 0 ]; do
   case $1 in
     --bin) bin=$2; shift 2 ;;
     --data) data=$2; shift 2 ;;
     --steps) steps=$2; shift 2 ;;
+    --set) sets+=(--set "$2"); shift 2 ;;
     -*) echo "error: unknown option $1" >&2; exit 64 ;;
     *) rows+=("$1"); shift ;;
   esac
@@ -31,7 +32,7 @@ failed=0
 for row in "${rows[@]}"; do
   config=bench/$row.json
   [ -f "$config" ] || { echo "error: there is no $config" >&2; exit 64; }
-  where=(--set "memory.stagehand.squareq_slab_path=$slab" --set "memory.stagehand.squareq_manifest_path=$data/dev.manifest.json")
+  where=(--set "memory.stagehand.squareq_slab_path=$slab" --set "memory.stagehand.squareq_manifest_path=$data/dev.manifest.json" "${sets[@]}")
   "$bin/serenity-loader" --config "$config" "${where[@]}" 2> "output/bench/$row.loader.log" &
   loader=$!
   if result=$("$bin/serenity-trainer" bench --config "$config" "${where[@]}" --synthetic-samples --steps "$steps" --json 2> "output/bench/$row.trainer.log"); then

@@ -47,47 +47,76 @@ __device__ __forceinline__ void dequant_wide(T* out, i64 stride, const i8* q, i6
     }
 }
 
-// Beside products: few blocks that each fill a multiprocessor's registers go through all the work, and with 64 KiB in flight each they come
-// far. So the instructions count: a code becomes float32 by placing it behind the exponent of 2^23 (exact), and two products are rounded to
-// bfloat16 by one instruction, to nearest even as the integer arithmetic does it. Scales that are no numbers take the slow way.
+// Rows of whole 512-code pieces. Every warp has a ring of STAGES pieces in shared memory that asynchronous copies fill ahead, so that a
+// block, which has a multiprocessor's threads to itself, keeps 48 KiB on their way: a few blocks beside products come far, and as many as
+// there are multiprocessors reach the memory's rate. The instructions count too: a code becomes float32 by placing it behind the exponent of 2^23
+// (exact), and two products are rounded to bfloat16 by one instruction, to nearest even as the integer arithmetic does it. Scales that are no
+// numbers take the slow way.
+#define PIECE 512
+#define STAGES 3
+#define WARPS 32
+
 __device__ __forceinline__ u32 dequantised2(u32 biased, int first, float scale) {
     const float low = __uint_as_float(__byte_perm(biased, 0x4b000000u, 0x7650 + first)) - 8388736.0f;
     const float high = __uint_as_float(__byte_perm(biased, 0x4b000000u, 0x7650 + first + 1)) - 8388736.0f;
     return narrow2(__fmul_rn(low, scale), __fmul_rn(high, scale));
 }
 
-extern "C" __global__ __launch_bounds__(1024, 1) void dequant_few_bf16(bf16* out, i64 stride, const i8* q, i64 padded, const float* scales, i64 rows,
-                                                                      i64 cols) {
-    const u32 chunks = (u32)(cols / 16), items = chunks * (u32)((rows + 3) / 4);
-    for (u32 item = blockIdx.x * 1024 + threadIdx.x; item < items; item += gridDim.x * 1024) {
-        const i64 row = (i64)(item / chunks) * 4, col = (i64)(item % chunks) * 16;
-        uint4 codes[4];
-        float scale[4];
+__device__ __forceinline__ uint4 dequantised8(uint2 codes, float scale) {
+    if (!(fabsf(scale) <= 3.4028235e38f)) {
+        u32 b[8];
 #pragma unroll
-        for (int r = 0; r < 4; r++) {
-            if (row + r < rows) {
-                // Read once: the second-level cache is for the products beside.
-                codes[r] = __ldcs((const uint4*)(q + (row + r) * padded + col));
-                scale[r] = scales[row + r];
-            }
+        for (int i = 0; i < 8; i++) b[i] = dequantised((int)(i8)((i < 4 ? codes.x : codes.y) >> (8 * (i % 4))), scale);
+        return make_uint4(b[0] | b[1] << 16, b[2] | b[3] << 16, b[4] | b[5] << 16, b[6] | b[7] << 16);
+    }
+    const u32 x = codes.x ^ 0x80808080u, y = codes.y ^ 0x80808080u;
+    return make_uint4(dequantised2(x, 0, scale), dequantised2(x, 2, scale), dequantised2(y, 0, scale), dequantised2(y, 2, scale));
+}
+
+extern "C" __global__ __launch_bounds__(32 * WARPS, 1) void dequant_pieces_bf16(bf16* out, i64 stride, const i8* q, i64 padded, const float* scales,
+                                                                               i64 rows, i64 cols) {
+    __shared__ uint4 rings[WARPS][STAGES][PIECE / 16];
+    const int lane = threadIdx.x & 31, warp = threadIdx.x >> 5;
+    const u32 across = (u32)(cols / PIECE), items = across * (u32)rows, step = gridDim.x * WARPS;
+    u32 ahead = blockIdx.x * WARPS + warp, item = ahead;
+    float scale[STAGES];
+    const auto fetch = [&](int stage) {
+        if (ahead < items) {
+            const i64 row = ahead / across, col = (i64)(ahead % across) * PIECE;
+            const u32 to = (u32)__cvta_generic_to_shared(&rings[warp][stage][lane]);
+            asm volatile("cp.async.cg.shared.global [%0], [%1], 16;" ::"r"(to), "l"(q + row * padded + col + lane * 16) : "memory");
+            scale[stage] = scales[row];
         }
+        // A group for every stage, empty ones too, so that the wait below always means the oldest.
+        asm volatile("cp.async.commit_group;" ::: "memory");
+        ahead += step;
+    };
 #pragma unroll
-        for (int r = 0; r < 4; r++) {
-            if (row + r >= rows) break;
-            bf16* to = out + (row + r) * stride + col;
-            const u32 w[4] = {codes[r].x, codes[r].y, codes[r].z, codes[r].w};
-            if (!(fabsf(scale[r]) <= 3.4028235e38f)) {
-                for (int i = 0; i < 16; i++) to[i].bits = (u16)dequantised((int)q[(row + r) * padded + col + i], scale[r]);
-                continue;
-            }
-            u32 b[8];
+    for (int stage = 0; stage < STAGES; stage++) fetch(stage);
+    while (item < items) {
 #pragma unroll
-            for (int i = 0; i < 8; i++) b[i] = dequantised2(w[i / 2] ^ 0x80808080u, 2 * (i % 2), scale[r]);
-            *(uint4*)to = make_uint4(b[0], b[1], b[2], b[3]);
-            *(uint4*)(to + 8) = make_uint4(b[4], b[5], b[6], b[7]);
+        for (int stage = 0; stage < STAGES; stage++) {
+            if (item >= items) break;
+            asm volatile("cp.async.wait_group %0;" ::"n"(STAGES - 1) : "memory");
+            // What the other lanes have fetched.
+            __syncwarp();
+            const uint2* codes = (const uint2*)rings[warp][stage];
+            const uint2 first = codes[lane], second = codes[lane + 32];
+            const i64 row = item / across, col = (i64)(item % across) * PIECE;
+            bf16* to = out + row * stride + col + lane * 8;
+            *(uint4*)to = dequantised8(first, scale[stage]);
+            *(uint4*)(to + PIECE / 2) = dequantised8(second, scale[stage]);
+            // Before others overwrite what this lane has read.
+            __syncwarp();
+            fetch(stage);
+            item += step;
         }
     }
+    asm volatile("cp.async.wait_all;" ::: "memory");
 }
+#undef PIECE
+#undef STAGES
+#undef WARPS
 
 // Any shape and alignment; grid (rows, columns / THREADS).
 template <class T>

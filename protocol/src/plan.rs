@@ -28,7 +28,7 @@ use crate::targets::{TargetMatch, match_targets};
 use memory::product;
 
 pub use display::human_bytes;
-pub use memory::{Amount, MemoryPlan, RingMemory};
+pub use memory::{Amount, MemoryPlan, RingMemory, available_memory};
 pub use pool::PoolCost;
 pub use slab::{SlabPlan, SlabState, slab_suffices};
 

@@ -38,7 +38,17 @@ fn int8_rows(check: &Check<'_>, rows: usize, cols: usize, padded: usize) -> Resu
 
 /// `dequant_rows`: equal to the host's bit for bit.
 pub fn dequant(check: &mut Check<'_>) -> Result<()> {
-    let shapes = [(1, 16, 16), (5, 96, 96), (7, 100, 112), (3, 33, 64), (130, 6144, 6144), (9, 4112, 4224), (6144, 6144, 6144)];
+    let shapes = [
+        (1, 16, 16),
+        (5, 96, 96),
+        (7, 100, 112),
+        (3, 33, 64),
+        (130, 6144, 6144),
+        (9, 4112, 4224),
+        (67, 1024, 1088),
+        (1, 512, 512),
+        (6144, 6144, 6144),
+    ];
     for (rows, cols, padded) in shapes {
         let mark = check.arena.mark();
         let (from, values) = int8_rows(check, rows, cols, padded)?;
@@ -48,7 +58,7 @@ pub fn dequant(check: &mut Check<'_>) -> Result<()> {
             let work = if rows >= 1000 { Work::Bytes(bytes) } else { Work::None };
             let name = format!("{} {rows} x {cols} of {padded}", ty.name());
             check.case(name.clone(), 0.0, &[Expected { mat, values: values.clone() }], work, &|gpu| gpu.dequant_rows(mat, from))?;
-            for blocks in [1, 8, 16, 32].into_iter().filter(|b| ty == Ty::Bf16 && (*b == 8 || rows >= 1000)) {
+            for blocks in [1, 8, 16, 32].into_iter().filter(|b| ty == Ty::Bf16 && (*b <= 8 || rows >= 1000)) {
                 let name = format!("{name}, {blocks} blocks");
                 let work = if rows >= 1000 { Work::Bytes(bytes) } else { Work::None };
                 let run = |gpu: &Gpu| gpu.dequant_rows_on(gpu.compute(), blocks, mat, from);

@@ -8,8 +8,10 @@ use crate::driver::{Ptr, Stream};
 use crate::gpu::Gpu;
 use crate::mat::{Mat, Ty};
 
-/// Threads of a block of `dequant_few_bf16`.
-const FEW_THREADS: u32 = 1024;
+/// Threads of a block of `dequant_pieces_bf16`.
+const PIECES_THREADS: u32 = 1024;
+/// Codes of a row that a warp of it takes at once.
+const PIECE_CODES: usize = 512;
 
 /// Rows of INT8 codes with a float32 scale each, as a slab's payload has them.
 #[derive(Debug, Clone, Copy)]
@@ -107,7 +109,7 @@ impl Gpu {
     }
 
     /// The same on `stream`; with `blocks`, by so many thread blocks at most, each of which fills a multiprocessor: the rest of the device
-    /// is left to others. (Where rows are not made of 16-byte pieces, and for float32, by as many as there is work.)
+    /// is left to others. (Where rows are not made of pieces of 512 codes, and for float32, by as many as there is work.)
     ///
     /// # Errors
     /// [`Error::Invariant`] if the shapes do not fit.
@@ -130,10 +132,13 @@ impl Gpu {
             out.rows.into(),
             out.cols.into(),
         ];
-        let items = out.rows.div_ceil(4) * (out.cols / 16);
-        if wide && blocks > 0 && out.ty == Ty::Bf16 && u32::try_from(items + (blocks * FEW_THREADS) as usize).is_ok() {
-            let grid = [blocks.min(u32::try_from(items.div_ceil(FEW_THREADS as usize)).unwrap_or(blocks)), 1, 1];
-            return self.kernel("dequant_few_bf16")?.launch(stream, "dequant_few_bf16", grid, [FEW_THREADS, 1, 1], 0, &args);
+        let items = out.rows * (out.cols / PIECE_CODES);
+        let countable = u32::try_from(items).is_ok_and(|items| items < u32::MAX / 2);
+        if wide && out.cols.is_multiple_of(PIECE_CODES) && out.ty == Ty::Bf16 && countable {
+            let most = if blocks > 0 { blocks } else { self.properties().multiprocessors };
+            let useful = items.div_ceil(PIECES_THREADS as usize / 32);
+            let grid = [most.min(u32::try_from(useful).unwrap_or(most)), 1, 1];
+            return self.kernel("dequant_pieces_bf16")?.launch(stream, "dequant_pieces_bf16", grid, [PIECES_THREADS, 1, 1], 0, &args);
         }
         let name = format!("dequant_rows_{}{}", out.ty.name(), if wide { "" } else { "_1" });
         let threads = THREADS as usize;

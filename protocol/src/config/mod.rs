@@ -146,6 +146,9 @@ pub struct StagehandConfig {
     pub chunk_bytes: u64,
     /// Hard cap of the process's device memory in bytes; `None` (`auto`): what the device has free, less a margin.
     pub vram_high_bytes: Option<u64>,
+    /// Page-locked host memory for activations that need not be computed again (`activation_offload_mb`); `None` (`auto`): a quarter of
+    /// what is available.
+    pub activation_offload_bytes: Option<u64>,
     /// What eviction goes down to, in bytes; `None` where the cap is not known here.
     pub vram_low_bytes: Option<u64>,
     /// `dequant` after `auto` is resolved by the device.

@@ -166,6 +166,8 @@ pub(super) struct RawStagehand {
     pub ring_chunk_mb: Option<f64>,
     /// A size or `auto`.
     pub vram_high_watermark_mb: Option<serde_json::Value>,
+    /// A size, 0 for none, or `auto`.
+    pub activation_offload_mb: Option<serde_json::Value>,
     pub ring_consumers: Option<usize>,
     pub ring_consumer: Option<usize>,
     pub ring_of: Option<PathBuf>,

@@ -511,6 +511,11 @@ fn stagehand(s: &RawStagehand, output_dir: &Path, device: DeviceKind, notices: &
         pool_bytes,
         chunk_bytes,
         vram_high_bytes: high,
+        activation_offload_bytes: match &s.activation_offload_mb {
+            Some(value) if value.as_f64() == Some(0.0) => Some(0),
+            None => None,
+            value => size_or_auto("memory.stagehand.activation_offload_mb", value.as_ref(), 0.0)?,
+        },
         vram_low_bytes: low,
         form: s.dequant.as_deref().map_or(Ok(auto), |t| {
             word("memory.stagehand.dequant", t, &[("cpu", PayloadForm::Bf16), ("gpu", PayloadForm::Int8), ("auto", auto)])

@@ -188,8 +188,9 @@ fn check(config: &Config, ring: Option<&RingMemory>, trainer: u64, notices: &mut
     }
 }
 
-/// `MemAvailable` of /proc/meminfo.
-pub(super) fn available_memory() -> Option<u64> {
+/// `MemAvailable` of /proc/meminfo: bytes that can be taken without pushing anything out.
+#[must_use]
+pub fn available_memory() -> Option<u64> {
     let text = std::fs::read_to_string("/proc/meminfo").ok()?;
     let line = text.lines().find_map(|l| l.strip_prefix("MemAvailable:"))?;
     line.split_whitespace().next()?.parse::<u64>().ok().map(|kib| kib * 1024)

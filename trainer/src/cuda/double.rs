@@ -296,7 +296,7 @@ impl Stream {
         m: &StreamModulation,
         (dx, dy): (Mat, Mat),
         (x, up): (Mat, Mat),
-        how: Back,
+        how: Back<'_>,
     ) -> Result<()> {
         let need_input = how.need_input;
         let need_up = need_input || self.ff_in.adapted();
@@ -305,10 +305,10 @@ impl Stream {
         }
         let (one, m) = (w.one.rows(x.rows)?, &m.mlp);
         let (gate, value) = (up.columns(0, s.mlp)?, up.columns(s.mlp, s.mlp)?);
-        if !how.kept || self.ff_in.adapted() {
+        if !how.kept() || self.ff_in.adapted() {
             c.pass(|gpu| gpu.ln_mod(one.normed, x, m.shift, m.scale, s.eps))?;
         }
-        if !how.kept {
+        if !how.kept() {
             self.ff_in.forward(c, up, one.normed, one.low)?;
         }
         c.pass(|gpu| {
@@ -399,11 +399,11 @@ impl Weights {
     /// # Errors
     /// The engine's.
     #[allow(clippy::too_many_arguments)] // the state of a visit
-    pub fn backward(&self, c: &Context<'_>, s: &Shape, w: &Space, cond: &Conditioning, dy: Pair, x: Pair, how: Back) -> Result<()> {
+    pub fn backward(&self, c: &Context<'_>, s: &Shape, w: &Space, cond: &Conditioning, dy: Pair, x: Pair, how: Back<'_>) -> Result<()> {
         let need_input = how.need_input;
         let need_qkv = need_input || self.image.qkv_adapted() || self.text.qkv_adapted();
         let need_middle = need_qkv || self.image.out.adapted() || self.text.out.adapted();
-        let attended = if how.kept { split(c, s, w.attended, w.attended_split)? } else { self.up_to_middle(c, s, w, cond, x)? };
+        let attended = if how.kept() { split(c, s, w.attended, w.attended_split)? } else { self.up_to_middle(c, s, w, cond, x)? };
         let middle = Back { need_input: need_middle, ..how };
         let image = ((w.dmiddle.image, dy.image), (w.middle.image, w.up.image));
         self.image.feed_forward_backward(c, s, w, &cond.image, image.0, image.1, middle)?;

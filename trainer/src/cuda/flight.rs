@@ -156,13 +156,32 @@ impl HeadSpace {
     }
 }
 
+/// What of a block's activations the forward pass has left for the backward pass.
+#[derive(Debug, Clone, Copy)]
+pub enum Have<'f> {
+    /// They are computed again.
+    Nothing,
+    /// What has travelled, of a single block.
+    Parcel(&'f single::Parcel),
+    /// All of them.
+    All,
+}
+
 /// How a block is gone through backwards.
 #[derive(Debug, Clone, Copy)]
-pub struct Back {
+pub struct Back<'f> {
     /// Whether the gradient of the block's input is needed.
     pub need_input: bool,
-    /// Whether the activations of the forward pass are still there.
-    pub kept: bool,
+    /// Which activations are there.
+    pub have: Have<'f>,
+}
+
+impl Back<'_> {
+    /// Whether nothing has to be computed again.
+    #[must_use]
+    pub fn kept(&self) -> bool {
+        matches!(self.have, Have::All)
+    }
 }
 
 /// Activations of a block that are kept from the forward to the backward pass.
@@ -194,6 +213,10 @@ pub struct Flight {
     pub space: FlightSpace,
     /// Activations of the blocks that keep them, by block.
     pub kept: HashMap<BlockId, Activations>,
+    /// What the blocks whose activations travel take turns in.
+    pub parcels: Vec<single::Parcel>,
+    /// Its number in the traffic of those.
+    pub parcel_traffic: Option<usize>,
     /// Which attention engines fit it.
     pub engines: usize,
     /// Its number in the traffic with the host, where its states are kept for a backward pass.

@@ -1,9 +1,10 @@
-//! Inputs of the blocks between the forward and the backward pass: on the device, or on the host and back in time.
+//! What waits between the forward and the backward pass on the host: inputs of the blocks, and activations that are not to be computed again.
 //!
 //! Hidden state number `i` is the input of block `i`; the last is the output of the last block. The first `turning` states take turns in a few
 //! matrices of the device: state `i` in number `i % count`. Each is saved to page-locked memory while the next block computes, and fetched
 //! again in the backward pass when the visit that used its matrix is over, `count` - 1 visits before it is needed. The states that hold their
-//! matrices at the turn of the passes are neither saved nor fetched. The other states stay.
+//! matrices at the turn of the passes are neither saved nor fetched. The other states stay. Activations of blocks that travel do the same:
+//! the j-th of those blocks has set `j % count` of the matrices, and is "state" j here.
 //!
 //! Saving and fetching have a stream each, beside that of the blocks: both directions of the bus work at once. A fetch is made by
 //! multiprocessors, for a copy engine would do it behind the blocks' copies that it has been given already. Streams meet in events only; the host never waits.
@@ -12,6 +13,7 @@
 use std::cell::Cell;
 use std::fmt;
 
+use serenity_cuda::arena::ALIGNMENT;
 use serenity_cuda::driver::{Pinned, Priority};
 use serenity_cuda::{Event, Gpu, Mat, Stream};
 use serenity_protocol::{Error, Result};
@@ -40,6 +42,12 @@ impl Turns {
         let count = count.max(2).min(turning);
         // With as many matrices as states nothing takes turns.
         if turning <= count { Self::none() } else { Self { turning, count } }
+    }
+
+    /// The same, with as few matrices as are asked for, be it one, and none that stay.
+    #[must_use]
+    pub fn through(turning: usize, count: usize) -> Self {
+        Self { turning, count: count.clamp(1, turning.max(1)).min(turning) }
     }
 
     /// States that are saved to the host.
@@ -87,7 +95,13 @@ impl States {
     }
 }
 
-/// Of a matrix that states take turns in.
+/// Bytes that a state made of these matrices takes on the host.
+#[must_use]
+pub fn moved_bytes(mats: &[Mat]) -> usize {
+    mats.iter().map(|mat| mat.span().next_multiple_of(ALIGNMENT)).sum()
+}
+
+/// Of the matrices that states take turns in.
 #[derive(Debug)]
 struct Turn {
     /// On the compute stream: its state is written, or was used for the last time.
@@ -151,13 +165,13 @@ impl Traffic {
         Ok(())
     }
 
-    /// A place for the next micro-batch of the step; its number.
+    /// A place for the next micro-batch of the step, whose states have so many bytes ([`moved_bytes`]) each; its number.
     ///
     /// # Errors
     /// [`Error::Invariant`] if the plan did not foresee it.
-    pub fn join(&mut self, gpu: &Gpu, s: &Shape) -> Result<usize> {
+    pub fn join(&mut self, gpu: &Gpu, state_bytes: usize) -> Result<usize> {
         let (index, offset) = self.used;
-        let end = offset + self.turns.saved() * s.state_bytes();
+        let end = offset + self.turns.saved() * state_bytes;
         if end > self.memory.as_ref().map_or(0, Pinned::bytes) {
             return Err(Error::invariant("the host memory planned for block inputs is too small"));
         }
@@ -190,11 +204,11 @@ impl Traffic {
         gpu.compute().wait(&self.turn(flight, state)?.1.moved)
     }
 
-    /// A state has been written: saves it if its matrix will be written again.
+    /// A state, made of dense matrices, has been written: saves it if they will be written again.
     ///
     /// # Errors
     /// The driver's.
-    pub fn written(&self, gpu: &Gpu, flight: usize, state: usize, mat: Mat) -> Result<()> {
+    pub fn written(&self, gpu: &Gpu, flight: usize, state: usize, mats: &[Mat]) -> Result<()> {
         if state >= self.turns.saved() || state < self.first {
             return Ok(());
         }
@@ -202,7 +216,11 @@ impl Traffic {
         let memory = self.memory.as_ref().ok_or_else(|| Error::invariant("there is no host memory for block inputs"))?;
         gpu.compute().record(&turn.computed)?;
         self.save.wait(&turn.computed)?;
-        self.save.copy_out(memory, offset + state * mat.span(), mat.ptr, mat.span())?;
+        let mut at = offset + state * moved_bytes(mats);
+        for mat in mats {
+            self.save.copy_out(memory, at, mat.ptr, mat.span())?;
+            at += mat.span().next_multiple_of(ALIGNMENT);
+        }
         self.save.record(&turn.moved)
     }
 
@@ -226,11 +244,11 @@ impl Traffic {
         gpu.compute().wait(&self.turn(flight, state)?.1.moved)
     }
 
-    /// The backward pass is done with a state: fetches the one that had its matrix before.
+    /// The backward pass is done with a state: fetches the one that had its matrices before.
     ///
     /// # Errors
     /// The driver's.
-    pub fn read(&self, gpu: &Gpu, flight: usize, state: usize, mat: Mat) -> Result<()> {
+    pub fn read(&self, gpu: &Gpu, flight: usize, state: usize, mats: &[Mat]) -> Result<()> {
         let Some(next) = state.checked_sub(self.turns.count).filter(|next| *next >= self.first && state < self.turns.turning) else {
             return Ok(());
         };
@@ -238,8 +256,12 @@ impl Traffic {
         let memory = self.memory.as_ref().ok_or_else(|| Error::invariant("there is no host memory for block inputs"))?;
         gpu.compute().record(&turn.computed)?;
         self.fetch.wait(&turn.computed)?;
-        gpu.fetch_host(&self.fetch, mat.ptr, memory, offset + next * mat.span(), mat.span())?;
-        self.fetched_bytes.set(self.fetched_bytes.get() + mat.span() as u64);
+        let mut at = offset + next * moved_bytes(mats);
+        for mat in mats {
+            gpu.fetch_host(&self.fetch, mat.ptr, memory, at, mat.span())?;
+            self.fetched_bytes.set(self.fetched_bytes.get() + mat.span() as u64);
+            at += mat.span().next_multiple_of(ALIGNMENT);
+        }
         self.fetch.record(&turn.moved)
     }
 

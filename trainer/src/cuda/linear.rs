@@ -198,8 +198,7 @@ impl Linear {
         let x = xt.columns(0, inner)?;
         let Some(lora) = self.lora.filter(|_| c.gpu.tuning().join) else { return self.forward(c, y, x, low) };
         self.check("output", y, x.rows, out)?;
-        let tail = xt.columns(inner, lora.a.rows)?;
-        c.product(|gpu| gpu.gemm_nt(tail, x, lora.a, lora.scale, 0.0))?;
+        self.tail(c, xt)?;
         let xt = xt.columns(0, inner + lora.a.rows)?;
         for rows in pieces(out, inner, c.gpu.tuning().piece) {
             let y = y.columns(rows.start, rows.len())?;
@@ -207,6 +206,17 @@ impl Linear {
             c.tile.with(c, &self.weight, Some(lora.b), &part, |weight| c.product(|gpu| gpu.gemm_nt(y, xt, weight, 1.0, 0.0)))?;
         }
         Ok(())
+    }
+
+    /// Makes the tail of `xt` from what is in front of it, as [`Self::forward_joined`] does.
+    ///
+    /// # Errors
+    /// [`Error::Invariant`] if the shapes do not fit.
+    pub fn tail(&self, c: &Context<'_>, xt: Mat) -> Result<()> {
+        let (_, inner) = self.weight.shape();
+        let Some(lora) = self.lora.filter(|_| c.gpu.tuning().join) else { return Ok(()) };
+        let (x, tail) = (xt.columns(0, inner)?, xt.columns(inner, lora.a.rows)?);
+        c.product(|gpu| gpu.gemm_nt(tail, x, lora.a, lora.scale, 0.0))
     }
 
     /// As [`Self::backward`], from the `xt` that [`Self::forward_joined`] has left, to the [`joined`] matrix `dxt` (its tail is only written).

@@ -6,9 +6,11 @@
 #![forbid(unsafe_code)]
 
 use std::rc::Rc;
+use std::time::Duration;
 
 use candle_core::Device;
-use serenity_cuda::{Gpu, Mat, Ty};
+use serenity_cuda::arena::ALIGNMENT;
+use serenity_cuda::{Event, Gpu, Mat, Ty};
 use serenity_protocol::geometry::BlockId;
 use serenity_protocol::{Error, Result};
 
@@ -16,8 +18,8 @@ use super::attention::Engines;
 use super::clock::Stage;
 use super::conditioning::bytes_of;
 use super::double::{self, Pair, merge, split};
-use super::flight::{Activations, Back, EntrySpace, Flight, FlightSpace, HeadSpace, Sample};
-use super::inputs::Turns;
+use super::flight::{Activations, Back, EntrySpace, Flight, FlightSpace, Have, HeadSpace, Sample};
+use super::inputs::{Turns, moved_bytes};
 use super::linear::{Context, Linear, Weight};
 use super::plan::{Shape, is_double};
 use super::single;
@@ -25,6 +27,8 @@ use super::step::{CudaStep, Observer, Watch};
 use crate::model::ops::rope::{Position, Rope};
 use crate::model::tensor_error;
 
+/// Pause between two looks at a pass that is ending.
+const LOOK: Duration = Duration::from_micros(50);
 /// Rotary tables that are remembered.
 const ROPES_MAX: usize = 16;
 
@@ -61,6 +65,7 @@ impl CudaStep {
         self.adapters.clear_gradients(&self.context(None))?;
         let last = self.fly(&flights, first, stop, None)?;
         self.traffic.turn_around()?;
+        self.parcels.turn_around()?;
         for flight in &flights {
             self.head(flight, first.is_some().then_some(flights.len()))?;
             self.done_with(flight, blocks.len())?;
@@ -97,9 +102,13 @@ impl CudaStep {
         let g = self.geometry.clone();
         // Before anything is announced, for a sample that does not fit shall leave no visits behind.
         samples.iter().try_for_each(|sample| sample.sizes(&g).map(drop))?;
-        self.blocks.request(visits)?;
+        // Every pass begins with all blocks forward, which the one before has announced.
+        let ahead = if self.ahead { visits.get(g.num_blocks()..).unwrap_or_default() } else { visits };
+        self.blocks.request(ahead)?;
+        self.ahead = false;
         self.blocks.pump(&self.gpu, &self.clock)?;
         self.traffic.begin(&self.gpu, back.unwrap_or(0))?;
+        self.parcels.begin(&self.gpu, 0)?;
         let turns = if back.is_some() { self.plan.turns } else { Turns::new(g.num_blocks() + 1, 2) };
         let mut flights = Vec::with_capacity(samples.len());
         for sample in samples {
@@ -114,10 +123,15 @@ impl CudaStep {
             };
             shape.workspace = self.engines.get(engines).map_or(0, |(_, e)| e.workspace_bytes());
             let space = FlightSpace::new(&self.arena, &g, &shape, turns)?;
-            let traffic = if back.is_some() { Some(self.traffic.join(&self.gpu, &shape)?) } else { None };
+            let state_bytes = shape.state_bytes().next_multiple_of(ALIGNMENT);
+            let traffic = if back.is_some() { Some(self.traffic.join(&self.gpu, state_bytes)?) } else { None };
+            let sets = if back.is_some() { self.plan.parcels.count } else { 0 };
+            let parcels = (0..sets).map(|_| single::Parcel::new(&self.arena, &shape)).collect::<Result<Vec<_>>>()?;
+            let bytes = parcels.first().map(|p| moved_bytes(&p.mats()));
+            let parcel_traffic = bytes.map(|bytes| self.parcels.join(&self.gpu, bytes)).transpose()?;
             let keep = self.plan.kept.iter().filter(|b| back.is_some_and(|first| usize::from(b.0) >= first));
             let kept = keep.map(|b| Ok((*b, Activations::new(&self.arena, &shape, is_double(&g, *b))?))).collect::<Result<_>>()?;
-            flights.push(Flight { shape, space, kept, engines, traffic });
+            flights.push(Flight { shape, space, kept, parcels, parcel_traffic, engines, traffic });
         }
         for (flight, sample) in flights.iter().zip(samples) {
             self.enter(flight, sample)?;
@@ -179,7 +193,7 @@ impl CudaStep {
 
     fn written(&self, flight: &Flight, state: usize) -> Result<()> {
         match flight.traffic {
-            Some(number) => self.traffic.written(&self.gpu, number, state, flight.space.states.get(state)?),
+            Some(number) => self.traffic.written(&self.gpu, number, state, &[flight.space.states.get(state)?]),
             None => Ok(()),
         }
     }
@@ -187,9 +201,15 @@ impl CudaStep {
     /// The backward pass needs a state no longer.
     fn done_with(&self, flight: &Flight, state: usize) -> Result<()> {
         match flight.traffic {
-            Some(number) => self.traffic.read(&self.gpu, number, state, flight.space.states.get(state)?),
+            Some(number) => self.traffic.read(&self.gpu, number, state, &[flight.space.states.get(state)?]),
             None => Ok(()),
         }
+    }
+
+    /// The parcel of a block whose activations travel, with its number among them and that of the flight.
+    fn parcel<'f>(&self, flight: &'f Flight, block: BlockId) -> Option<(&'f single::Parcel, usize, usize)> {
+        let number = self.plan.travelling.binary_search(&block).ok()?;
+        Some((flight.parcels.get(number % self.plan.parcels.count.max(1))?, flight.parcel_traffic?, number))
     }
 
     /// All blocks forward. Returns the last block's weights with its visit still open if a backward pass follows (`first` is given).
@@ -227,6 +247,9 @@ impl CudaStep {
     }
 
     fn single_space(&self, flight: &Flight, block: BlockId) -> Result<single::Space> {
+        if let Some((parcel, ..)) = self.parcel(flight, block) {
+            return single::Space::around(&self.arena, &flight.shape, &parcel.activations(&self.arena, &flight.shape)?);
+        }
         match flight.kept.get(&block) {
             Some(Activations::Single(kept)) => single::Space::around(&self.arena, &flight.shape, kept),
             _ => single::Space::new(&self.arena, &flight.shape),
@@ -250,7 +273,16 @@ impl CudaStep {
             }
         } else {
             let space = self.single_space(flight, block)?;
-            self.single(block, weights)?.forward(&c, s, &space, cond, y, x)?;
+            let weights = self.single(block, weights)?;
+            let parcel = self.parcel(flight, block);
+            if let Some((_, traffic, number)) = parcel {
+                self.parcels.before_write(&self.gpu, traffic, number)?;
+            }
+            weights.forward(&c, s, &space, cond, y, x)?;
+            if let Some((parcel, traffic, number)) = parcel {
+                weights.pack(&c, s, &space, parcel)?;
+                self.parcels.written(&self.gpu, traffic, number, &parcel.mats())?;
+            }
         }
         self.arena.reset(mark)?;
         self.written(flight, index + 1)
@@ -265,7 +297,13 @@ impl CudaStep {
             }
             let (c, s, cond) = (self.flight_context(flight), &flight.shape, &flight.space.conditioning);
             let (x, gradient) = (flight.space.states.get(index)?, flight.space.gradient);
-            let how = Back { need_input, kept: flight.kept.contains_key(&block) };
+            let parcel = self.parcel(flight, block);
+            let have = match parcel {
+                Some((parcel, ..)) => Have::Parcel(parcel),
+                None if flight.kept.contains_key(&block) => Have::All,
+                None => Have::Nothing,
+            };
+            let how = Back { need_input, have };
             let mark = self.arena.mark();
             if is_double(&self.geometry, block) {
                 let space = self.double_space(flight, block)?;
@@ -282,7 +320,13 @@ impl CudaStep {
                 self.double(block, weights)?.backward(&c, s, &space, cond, dy, Pair::halves(x, s)?, how)?;
             } else {
                 let space = self.single_space(flight, block)?;
+                if let Some((_, traffic, number)) = parcel {
+                    self.parcels.before_read(&self.gpu, traffic, number)?;
+                }
                 self.single(block, weights)?.backward(&c, s, &space, cond, gradient, x, how)?;
+                if let Some((parcel, traffic, number)) = parcel {
+                    self.parcels.read(&self.gpu, traffic, number, &parcel.mats())?;
+                }
             }
             self.arena.reset(mark)?;
             self.done_with(flight, index)?;
@@ -323,8 +367,23 @@ impl CudaStep {
         self.arena.reset(mark)
     }
 
+    /// Announces the forward visits of the pass to come, whatever it will be, and brings their blocks while the device finishes this one: the
+    /// bus does not stand still between two passes.
+    fn look_ahead(&mut self) -> Result<()> {
+        self.blocks.request(&self.geometry.blocks().collect::<Vec<_>>())?;
+        self.ahead = true;
+        let end = Event::new(self.gpu.context())?;
+        self.gpu.compute().record(&end)?;
+        while !end.done()? {
+            self.blocks.pump(&self.gpu, &self.clock)?;
+            std::thread::sleep(LOOK);
+        }
+        Ok(())
+    }
+
     /// Waits for the pass, and for the verdict on every block that it used.
     pub(super) fn read_losses(&mut self, flights: &[Flight]) -> Result<Vec<f64>> {
+        self.look_ahead()?;
         let read = |flight: &Flight| {
             let mut bytes = [0u8; 8];
             self.gpu.download(&mut bytes, flight.space.loss)?;

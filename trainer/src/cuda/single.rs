@@ -7,7 +7,7 @@ use serenity_protocol::Result;
 
 use super::attention::{self, Heads, Kept};
 use super::conditioning::Conditioning;
-use super::flight::Back;
+use super::flight::{Back, Have};
 use super::linear::{Context, Linear, Low, joined};
 use super::plan::{Reserve, Shape};
 
@@ -52,6 +52,42 @@ impl Activations {
             lse: Kept::lse(r, s)?,
             joined: mat(d + m)?,
         })
+    }
+}
+
+/// Activations that travel to the host and back where there is no room for all of them: what products and attention have made. The rest is a
+/// few passes over these and the block's input. Dense matrices.
+#[derive(Debug, Clone, Copy)]
+pub struct Parcel {
+    projected: Mat,
+    attended: Mat,
+    lse: Mat,
+}
+
+impl Parcel {
+    /// Reserves it.
+    ///
+    /// # Errors
+    /// If there is not so much left.
+    pub fn new(r: &dyn Reserve, s: &Shape) -> Result<Self> {
+        let mat = |cols: usize| r.mat(s.ty, s.rows(), cols);
+        Ok(Self { projected: mat(3 * s.inner + 2 * s.mlp)?, attended: mat(s.inner)?, lse: Kept::lse(r, s)? })
+    }
+
+    /// What it is made of.
+    #[must_use]
+    pub fn mats(&self) -> [Mat; 3] {
+        [self.projected, self.attended, self.lse]
+    }
+
+    /// The activations of a visit that leaves its parcel here, or finds it.
+    ///
+    /// # Errors
+    /// If there is not so much left.
+    pub fn activations(&self, r: &dyn Reserve, s: &Shape) -> Result<Activations> {
+        let normed = joined(r, s, s.rows(), s.inner)?;
+        let heads = Heads::new(r, s)?;
+        Ok(Activations { normed, projected: self.projected, heads, lse: self.lse, joined: r.mat(s.ty, s.rows(), s.inner + s.mlp)? })
     }
 }
 
@@ -139,6 +175,30 @@ impl Weights {
         c.pass(|gpu| gpu.swiglu(hidden, gate, value))
     }
 
+    /// Puts what the parcel lacks into it, at the end of a forward visit that was made around it.
+    ///
+    /// # Errors
+    /// The engine's.
+    pub fn pack(&self, c: &Context<'_>, s: &Shape, w: &Space, parcel: &Parcel) -> Result<()> {
+        let attended = w.joined.columns(0, s.inner)?;
+        c.pass(|gpu| gpu.cast(parcel.attended, attended))
+    }
+
+    /// What [`Self::up_to_out`] leaves, from a parcel: the same bytes, for the same operations made them.
+    fn unpack(&self, c: &Context<'_>, s: &Shape, w: &Space, cond: &Conditioning, h: Mat, parcel: &Parcel) -> Result<()> {
+        let m = &cond.single;
+        let normed = w.normed.columns(0, s.inner)?;
+        c.pass(|gpu| gpu.ln_mod(normed, h, m.shift, m.scale, s.eps))?;
+        self.project.tail(c, w.normed)?;
+        let (packed, gate, value) = parts(w.projected, s)?;
+        let (attended, hidden) = (w.joined.columns(0, s.inner)?, w.joined.columns(s.inner, s.mlp)?);
+        c.pass(|gpu| {
+            gpu.qk_norm_rope(joint(&w.heads, s), packed, &self.norm(s, cond))?;
+            gpu.cast(attended, parcel.attended)?;
+            gpu.swiglu(hidden, gate, value)
+        })
+    }
+
     /// `y` from `h`, both `[B T, D]`.
     ///
     /// # Errors
@@ -155,11 +215,13 @@ impl Weights {
     /// # Errors
     /// The engine's.
     #[allow(clippy::too_many_arguments)] // the state of a visit
-    pub fn backward(&self, c: &Context<'_>, s: &Shape, w: &Space, cond: &Conditioning, dh: Mat, h: Mat, how: Back) -> Result<()> {
+    pub fn backward(&self, c: &Context<'_>, s: &Shape, w: &Space, cond: &Conditioning, dh: Mat, h: Mat, how: Back<'_>) -> Result<()> {
         let need_input = how.need_input;
         let need_projected = need_input || self.project.adapted();
-        if !how.kept {
-            self.up_to_out(c, s, w, cond, h)?;
+        match how.have {
+            Have::Nothing => self.up_to_out(c, s, w, cond, h)?,
+            Have::Parcel(parcel) => self.unpack(c, s, w, cond, h, parcel)?,
+            Have::All => {}
         }
         let dout = w.out.columns(0, s.inner)?;
         c.pass(|gpu| gpu.gated_residual_bwd(dout, cond.single.gate, dh))?;

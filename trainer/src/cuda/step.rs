@@ -72,7 +72,11 @@ pub type Watch<'w> = &'w mut dyn FnMut(&Gpu, &Flight) -> Result<()>;
 pub struct CudaStep {
     // In the order in which they must go: buffers and events, then memory, then the device.
     pub(super) blocks: Blocks,
+    /// Whether the forward visits of the next pass have been announced.
+    pub(super) ahead: bool,
     pub(super) traffic: Traffic,
+    /// Of activations.
+    pub(super) parcels: Traffic,
     pub(super) engines: Vec<((usize, usize, usize), Engines)>,
     pub(super) ropes: Vec<(Vec<Position>, Rc<Rope>)>,
     pub(super) adapters: Adapters,
@@ -109,7 +113,7 @@ impl CudaStep {
     ///
     /// # Errors
     /// [`Error::Config`] if the budget is too small; [`Error::TryAgain`] if the device has less than that free; the driver's.
-    pub fn new(gpu: Gpu, parts: Parts<'_>) -> Result<Self> {
+    pub fn new(gpu: Gpu, mut parts: Parts<'_>) -> Result<Self> {
         let specs: HashMap<String, LinearSpec> =
             parts.geometry.blocks().flat_map(|b| parts.geometry.block_linears(b)).map(|l| (l.name.clone(), l)).collect();
         let mut targets = Vec::new();
@@ -121,7 +125,19 @@ impl CudaStep {
             let spec = spec.filter(fits).ok_or_else(|| Error::data(format!("the adapter of '{}' fits no block linear", adapter.name)))?;
             targets.push(spec.clone());
         }
-        let (plan, shapes) = make_plan(&gpu, &parts, &targets)?;
+        let (mut plan, shapes) = make_plan(&gpu, &parts, &targets)?;
+        let parcels = match Traffic::new(&gpu, plan.parcels, plan.parcel_host) {
+            Err(Error::TryAgain(e)) if plan.parcel_host > 0 => {
+                tracing::warn!(
+                    "activations are computed again instead of waiting on the host, which has no page-locked memory for them: {}",
+                    Error::TryAgain(e)
+                );
+                parts.limits = Limits { parcels_max: 0, travelling: None, ..parts.limits };
+                plan = make_plan(&gpu, &parts, &targets)?.0;
+                Traffic::new(&gpu, plan.parcels, plan.parcel_host)?
+            }
+            other => other?,
+        };
         tracing::info!("device memory: {plan}");
         let arena = Arena::new(&gpu, plan.total())?;
         let (g, ty) = (parts.geometry, parts.ty);
@@ -133,7 +149,9 @@ impl CudaStep {
         let blocks = Blocks::new(&gpu, &arena, &plan, parts.payloads, parts.supply)?;
         Ok(Self {
             blocks,
+            ahead: false,
             traffic,
+            parcels,
             engines: Vec::new(),
             ropes: Vec::new(),
             adapters,
@@ -191,7 +209,7 @@ impl CudaStep {
     /// Bytes of blocks and of their inputs that came from the host since the start.
     #[must_use]
     pub fn bytes_from_host(&self) -> u64 {
-        self.blocks.stats().bytes + self.traffic.bytes()
+        self.blocks.stats().bytes + self.traffic.bytes() + self.parcels.bytes()
     }
 
     /// What a step is expected to take at these rates.

@@ -13,6 +13,7 @@ use serenity_cuda::driver::Pinned;
 use serenity_cuda::{Gpu, Ty};
 use serenity_protocol::config::{ComputeDtype, Config, MemoryStrategy, OptimizerConfig};
 use serenity_protocol::geometry::TransformerGeometry;
+use serenity_protocol::plan::available_memory;
 use serenity_protocol::process::Process;
 use serenity_protocol::ring::plan::RingPlan;
 use serenity_protocol::slab::Slab;
@@ -45,6 +46,8 @@ const MARGIN: u64 = 512 << 20;
 const RATE_BYTES: usize = 512 << 20;
 /// Set aside for what the product and attention libraries load at first use.
 const LIBRARIES: u64 = 256 << 20;
+/// Part of the host's available memory that activations take unless it is configured.
+const OFFLOAD_PART: u64 = 4;
 /// The largest context that is believed: on a device that others use too, more than this is theirs.
 const CONTEXT_MAX: u64 = 1 << 30;
 
@@ -62,6 +65,12 @@ pub struct Opening<'o> {
     pub guidance: Option<f32>,
     /// Samples, text tokens and image tokens of each micro-batch of the largest step.
     pub batches: Vec<(usize, usize, usize)>,
+}
+
+/// Page-locked host memory that activations may take.
+fn parcels_max(config: &Config) -> usize {
+    let auto = || available_memory().unwrap_or(0) / OFFLOAD_PART;
+    config.memory.stagehand.activation_offload_bytes.map_or_else(auto, |bytes| bytes) as usize
 }
 
 /// Device memory that the process may use.
@@ -145,7 +154,7 @@ impl CudaEngine {
             payloads,
             supply,
             budget: allowance.budget(info.used_by_process_estimate),
-            limits: Limits { buffers: (1, stagehand.prefetch_window_blocks + 1), ..Limits::default() },
+            limits: Limits { buffers: (1, stagehand.prefetch_window_blocks + 1), parcels_max: parcels_max(config), ..Limits::default() },
             timed: false,
         };
         let name = gpu.properties().name.clone();

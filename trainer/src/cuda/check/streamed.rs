@@ -40,6 +40,13 @@ fn ways(states: usize) -> Vec<Way> {
         ("fewest slots, all inputs on the host", Limits { turns: turns(states, 2), ..slots(1, 1) }, ""),
         ("two buffers, inputs on the host through three", Limits { turns: turns(states, 3), ..slots(2, 2) }, "side=high,blocks=4"),
         ("two buffers, some inputs on the host", Limits { turns: turns(states.saturating_sub(2), 2), ..slots(2, 2) }, "keep=0"),
+        ("activations of all single blocks on the host through one", Limits { travelling: Some((usize::MAX, 1)), ..slots(2, 2) }, ""),
+        ("of some through two, inputs too", Limits { travelling: Some((3, 2)), turns: turns(states, 2), ..slots(1, 1) }, ""),
+        (
+            "all resident, activations of all single blocks on the host",
+            Limits { travelling: Some((usize::MAX, 2)), ..all },
+            "side=high,blocks=4",
+        ),
         ("as the planner likes", Limits::default(), ""),
         ("dequantised by pieces", slots(2, 2), "keep=0"),
         ("dequantised beside products", all, "side=low"),

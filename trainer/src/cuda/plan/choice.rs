@@ -1,4 +1,4 @@
-//! How the memory that may vary is shared out: slots for streaming, resident blocks, block inputs on the device or on the host.
+//! How the memory that may vary is shared out: slots for streaming, resident blocks, block inputs and activations on the device or on the host.
 //!
 //! There are few sensible possibilities; each is filled up with resident blocks and played through [`Forecast`], and the fastest is taken.
 //! Where possibilities are equal the simplest is (fewest states on the host, fewest slots). Nothing here changes a result of training.
@@ -12,6 +12,7 @@ use super::{Forecast, Need, Plan, is_double, measured};
 use crate::cuda::assignment::Slots;
 use crate::cuda::flight::Activations;
 use crate::cuda::inputs::Turns;
+use crate::cuda::single::Parcel;
 
 /// A possibility must be better by this part to be worth more than a simpler one.
 const WORTH: f64 = 0.002;
@@ -28,18 +29,20 @@ pub(super) fn choose(fixed: &Plan, need: &Need<'_>, rings: &[usize]) -> Result<P
             continue;
         }
         let with = |tile: &usize| possible_slots(&Plan { tile: *tile, step, host, turns, ..fixed.clone() }, need);
-        for mut plan in rings.iter().flat_map(with) {
+        for plan in rings.iter().flat_map(with) {
             if plan.total() > need.budget {
                 if least.as_ref().is_none_or(|l| plan.total() < l.total()) {
                     least = Some(plan);
                 }
                 continue;
             }
-            fill(&mut plan, need);
-            keep(&mut plan, need)?;
-            plan.forecast = Forecast::of(&plan, need, &need.limits.rates)?;
-            if best.as_ref().is_none_or(|b| plan.forecast.seconds < b.forecast.seconds * (1.0 - WORTH)) {
-                best = Some(plan);
+            for mut plan in possible_parcels(&plan, need)? {
+                fill(&mut plan, need);
+                keep(&mut plan, need)?;
+                plan.forecast = Forecast::of(&plan, need, &need.limits.rates)?;
+                if best.as_ref().is_none_or(|b| plan.forecast.seconds < b.forecast.seconds * (1.0 - WORTH)) {
+                    best = Some(plan);
+                }
             }
         }
     }
@@ -83,6 +86,31 @@ fn possible_slots(base: &Plan, need: &Need<'_>) -> Vec<Plan> {
     (fewest..=most).map(|slots| Plan { slots, ..base.clone() }).collect()
 }
 
+/// The same plan without activations on the host, and with those of some single blocks there, evenly spread: the bus back and forth is busy with
+/// them while the blocks between compute.
+fn possible_parcels(base: &Plan, need: &Need<'_>) -> Result<Vec<Plan>> {
+    let first = first_adapted(need);
+    let singles: Vec<_> = need.geometry.blocks().skip(first).filter(|b| !is_double(need.geometry, *b)).collect();
+    let one = measured(|m| need.shapes.iter().try_for_each(|s| Parcel::new(m, s).map(drop)))?;
+    let with = |(count, sets): (usize, usize)| {
+        let count = count.min(singles.len());
+        // The middle of each of so many equal runs.
+        let at = |i: usize| singles.get((2 * i + 1) * singles.len() / (2 * count.max(1))).copied();
+        let parcels = Turns::through(count, sets);
+        let travelling = (0..count).filter_map(at).collect();
+        Plan { travelling, parcels, parcel_bytes: parcels.count * one, parcel_host: parcels.saved() * one, ..base.clone() }
+    };
+    if let Some(asked) = need.limits.travelling {
+        return Ok(vec![with(asked)]);
+    }
+    let all = singles.len();
+    let some = [(all / 4, 1), (all / 2, 1), (all / 2, 2), (all * 5 / 8, 2), (all * 3 / 4, 2), (all * 7 / 8, 2), (all, 2)];
+    let fits = |plan: &Plan| plan.parcel_host <= need.limits.parcels_max && plan.total() <= need.budget;
+    let mut plans = vec![base.clone()];
+    plans.extend(some.into_iter().filter(|(count, _)| *count > 0).map(with).filter(fits));
+    Ok(plans)
+}
+
 /// Blocks stay on the device as far as the budget goes, spread evenly over the model.
 fn fill(plan: &mut Plan, need: &Need<'_>) {
     if plan.resident.len() == need.payloads.len() {
@@ -109,6 +137,9 @@ fn keep(plan: &mut Plan, need: &Need<'_>) -> Result<()> {
     }
     let first = first_adapted(need);
     for block in need.geometry.blocks().skip(first).collect::<Vec<_>>().into_iter().rev() {
+        if plan.travelling.contains(&block) {
+            continue;
+        }
         let double = is_double(need.geometry, block);
         let bytes = measured(|m| need.shapes.iter().try_for_each(|s| Activations::new(m, s, double).map(drop)))?;
         if plan.kept.len() >= need.limits.kept_max || plan.total() + bytes > need.budget {

@@ -1,5 +1,8 @@
 //! What a step with a plan is expected to take: visits and loads played through the very assignment of slots that the step will use.
 //!
+//! What travels to the host and back takes the bus in both directions: what comes back is counted before the next block's load, and a visit that needs it waits
+//! for it.
+//!
 //! A visit costs its products and attention at the rate of the matrix products, and what passes through device memory (dequantisation,
 //! elementwise work) at the rate of that. A load begins when the bus is free and the visits to its slots' old content are over; a visit begins
 //! when the one before is over and its block is there.
@@ -16,6 +19,7 @@ use serenity_protocol::{Error, Result};
 use super::{Need, Plan, Shape, is_double};
 use crate::cuda::assignment::{Assignment, Slots};
 use crate::cuda::blocks::{Form, Payload};
+use crate::cuda::inputs::Turns;
 
 /// What a device does in a second.
 #[derive(Debug, Clone, Copy, PartialEq, Serialize)]
@@ -38,6 +42,8 @@ impl Default for Rates {
 /// Passes over hidden states in a block's forward pass, counted in hidden states read or written: 32 ms of elementwise work were measured
 /// in a step of FLUX.2 [dev] with 1536 tokens at 2.7 TB/s.
 const STATES_PER_PASS: f64 = 27.0;
+/// The same for what is made of a parcel ([`crate::cuda::single::Parcel`]), and for putting it together.
+const STATES_PER_PARCEL: f64 = 22.0;
 /// Between two steps: the optimiser's launches and the host's way from one step to the next.
 const BETWEEN_SECONDS: f64 = 0.003;
 
@@ -85,8 +91,13 @@ impl Work {
     }
 
     /// One pass through a block and its attention, `attention` times as much as forward.
-    fn pass(s: &Shape, payload: &Payload, double: bool, attention: f64) -> Self {
-        let weights: f64 = payload.parts.iter().map(|p| (p.rows * p.cols) as f64).sum();
+    fn pass(s: &Shape, payload: &Payload, double: bool, attention: f64, again: bool) -> Self {
+        let mut weights: f64 = payload.parts.iter().map(|p| (p.rows * p.cols) as f64).sum();
+        if again {
+            // The last matrix's result, `[D, ..]`, is not needed to compute gradients: that of each stream's feed-forward part, or `to_out`.
+            let last = s.inner * s.mlp;
+            weights -= if double { 2 * last } else { last + s.inner * s.inner } as f64;
+        }
         // Half the matrices of a double block see the image's tokens, half the text's.
         let linears = 2.0 * weights * s.rows() as f64 / if double { 2.0 } else { 1.0 };
         let scores = 4.0 * (s.samples * s.tokens() * s.tokens() * s.inner) as f64;
@@ -103,7 +114,9 @@ impl Forecast {
         let blocks: Vec<BlockId> = need.geometry.blocks().collect();
         let mut back: Vec<BlockId> = blocks.iter().skip(first_adapted(need)).rev().copied().collect();
         let mut assignment = Assignment::new(&plan.resident, plan.slots, Slots::of(need.payloads).spans);
-        let mut clock = Timeline { rates, bus: 0.0, compute: 0.0, done: vec![0.0], moved: 0.0 };
+        let mut clock = Timeline { rates, bus: 0.0, out: 0.0, compute: 0.0, done: vec![0.0], moved: 0.0, parcels: Vec::new() };
+        let streams = plan.resident.len() < blocks.len();
+        let parcel = if plan.parcels.count > 0 { plan.parcel_bytes as f64 / plan.parcels.count as f64 } else { 0.0 };
         let turned = !back.is_empty();
         if turned {
             back.remove(0);
@@ -111,6 +124,7 @@ impl Forecast {
         let (mut previous, mut result) = (0.0, Self::default());
         for _ in 0..2 {
             clock.moved = 0.0;
+            clock.parcels = vec![0.0; plan.travelling.len()];
             let visits: Vec<BlockId> = blocks.iter().chain(&back).copied().collect();
             let places = assignment.assign(&visits)?;
             let mut flops = 0.0;
@@ -118,9 +132,18 @@ impl Forecast {
                 let forward = i < blocks.len();
                 let work = visit(plan, need, *block, forward, !forward || (turned && i + 1 == blocks.len()))?;
                 flops += work.flops;
-                let fetched = if !forward && usize::from(block.0) < plan.turns.saved() { states(need) } else { 0.0 };
+                let saved = usize::from(block.0) < plan.turns.saved();
+                let fetched = if !forward && saved { states(need) } else { 0.0 };
                 let payload = need.payloads.get(usize::from(block.0)).map_or(0, |p| p.bytes);
-                clock.visit(place.load, payload as f64, fetched, work)?;
+                let number = plan.travelling.binary_search(block).ok();
+                let ready = number.map_or(0.0, |n| clock.parcel_ready(n, plan.parcels, forward));
+                clock.visit(place.load, payload as f64, fetched, work, ready)?;
+                if forward && saved {
+                    clock.out = clock.out.max(clock.compute) + states(need) / rates.bus;
+                }
+                if let Some(number) = number {
+                    clock.parcel_moves(number, plan.parcels, forward, parcel, streams);
+                }
             }
             clock.compute += 2.0 * plan.adapters as f64 / rates.memory + BETWEEN_SECONDS;
             let products = flops / rates.flops;
@@ -159,14 +182,22 @@ fn visit(plan: &Plan, need: &Need<'_>, block: BlockId, forward: bool, backward: 
     let mut work = Work::default();
     for shape in need.shapes {
         if forward {
-            work = work + Work::pass(shape, payload, double, 1.0);
+            work = work + Work::pass(shape, payload, double, 1.0, false);
+        }
+        let parcel = plan.travelling.contains(&block);
+        if parcel {
+            work.traffic += if forward { 2.0 * shape.state_bytes() as f64 } else { 0.0 };
         }
         if backward {
-            work = work + Work::pass(shape, payload, double, 2.5);
+            work = work + Work::pass(shape, payload, double, 2.5, false);
             if plan.kept.contains(&block) {
                 continue;
             }
-            work = work + Work::pass(shape, payload, double, 1.0);
+            if parcel {
+                work.traffic += STATES_PER_PARCEL * shape.state_bytes() as f64;
+                continue;
+            }
+            work = work + Work::pass(shape, payload, double, 1.0, true);
             if plan.tile >= dequantised(payload, shape.ty) {
                 // Recompute and input gradient share what is dequantised.
                 work.traffic -= coded(payload) * (1 + shape.ty.bytes()) as f64;
@@ -190,21 +221,51 @@ struct Timeline<'r> {
     rates: &'r Rates,
     /// When the bus and the compute stream are free.
     bus: f64,
+    /// When the bus towards the host is free.
+    out: f64,
     compute: f64,
     /// When so many visits are over.
     done: Vec<f64>,
     moved: f64,
+    /// When each parcel's last way is over.
+    parcels: Vec<f64>,
 }
 
 impl Timeline<'_> {
-    fn visit(&mut self, load: Option<u64>, bytes: f64, fetched: f64, work: Work) -> Result<()> {
-        let mut ready = 0.0;
+    /// When a visit finds its parcel's memory free, or its parcel there.
+    fn parcel_ready(&self, number: usize, turns: Turns, forward: bool) -> f64 {
+        let of = |n: usize| self.parcels.get(n).copied().unwrap_or(0.0);
+        match (forward, number.checked_sub(turns.count)) {
+            (true, Some(before)) => of(before),
+            (false, _) if number < turns.saved() => of(number),
+            _ => 0.0,
+        }
+    }
+
+    /// A visit is over: its parcel goes, or the one that had its memory before comes. Beside loads it has half the bus.
+    fn parcel_moves(&mut self, number: usize, turns: Turns, forward: bool, bytes: f64, streams: bool) {
+        let seconds = bytes / self.rates.bus;
+        if forward && number < turns.saved() {
+            self.out = self.out.max(self.compute) + seconds;
+            if let Some(over) = self.parcels.get_mut(number) {
+                *over = self.out;
+            }
+        }
+        let before = number.checked_sub(turns.count).filter(|_| !forward);
+        if let Some(over) = before.and_then(|n| self.parcels.get_mut(n)) {
+            self.bus += seconds;
+            self.moved += bytes;
+            *over = self.compute + seconds * if streams { 2.0 } else { 1.0 };
+        }
+    }
+
+    fn visit(&mut self, load: Option<u64>, bytes: f64, fetched: f64, work: Work, mut ready: f64) -> Result<()> {
         if let Some(after) = load {
             let after = usize::try_from(after).ok().and_then(|a| self.done.get(a)).copied();
             let free = after.ok_or_else(|| Error::invariant("a load waits for a visit to come"))?;
             self.bus = self.bus.max(free) + bytes / self.rates.bus;
             self.moved += bytes;
-            ready = self.bus;
+            ready = ready.max(self.bus);
         }
         self.bus += fetched / self.rates.bus;
         self.moved += fetched;

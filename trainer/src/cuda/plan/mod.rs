@@ -161,13 +161,26 @@ pub struct Limits {
     pub kept_max: usize,
     /// Page-locked host memory for block inputs at most, in bytes.
     pub host_max: usize,
+    /// Page-locked host memory for activations at most, in bytes.
+    pub parcels_max: usize,
+    /// Single blocks whose activations travel, and sets of device memory for them, instead of the planner's choice.
+    pub travelling: Option<(usize, usize)>,
     /// What the device does in a second, for comparing one possibility with another.
     pub rates: Rates,
 }
 
 impl Default for Limits {
     fn default() -> Self {
-        Self { buffers: (1, 3), resident_max: usize::MAX, turns: None, kept_max: usize::MAX, host_max: usize::MAX, rates: Rates::default() }
+        Self {
+            buffers: (1, 3),
+            resident_max: usize::MAX,
+            turns: None,
+            kept_max: usize::MAX,
+            host_max: usize::MAX,
+            parcels_max: usize::MAX,
+            travelling: None,
+            rates: Rates::default(),
+        }
     }
 }
 
@@ -219,6 +232,14 @@ pub struct Plan {
     pub kept: Vec<BlockId>,
     /// The activations' bytes.
     pub kept_bytes: usize,
+    /// Single blocks whose activations travel to the host and back instead of being computed again, in order.
+    pub travelling: Vec<BlockId>,
+    /// How they take turns in device memory.
+    pub parcels: Turns,
+    /// Bytes of that.
+    pub parcel_bytes: usize,
+    /// Page-locked memory of the host for them.
+    pub parcel_host: usize,
     /// What was allowed.
     pub budget: usize,
     /// What a step with it is expected to take, at the rates of the [`Limits`].
@@ -272,6 +293,10 @@ impl Plan {
             resident_bytes: 0,
             kept: Vec::new(),
             kept_bytes: 0,
+            travelling: Vec::new(),
+            parcels: Turns::none(),
+            parcel_bytes: 0,
+            parcel_host: 0,
             budget: need.budget,
             forecast: Forecast::default(),
         };
@@ -282,7 +307,7 @@ impl Plan {
     #[must_use]
     pub fn total(&self) -> usize {
         let fixed = self.other + self.adapters + self.tile + self.visit + self.step + SMALL_BYTES;
-        fixed + self.slots * self.slot + self.resident_bytes + self.kept_bytes
+        fixed + self.slots * self.slot + self.resident_bytes + self.kept_bytes + self.parcel_bytes
     }
 
     /// What a step is expected to take at rates that were measured.
@@ -296,7 +321,7 @@ impl Plan {
     /// Bytes of what lives as long as a step, with block inputs kept in this way; and page-locked bytes of the host.
     fn step_bytes(need: &Need<'_>, turns: Turns) -> Result<(usize, usize)> {
         let step = measured(|m| need.shapes.iter().try_for_each(|s| FlightSpace::new(m, need.geometry, s, turns).map(drop)))?;
-        let host = need.shapes.iter().map(|s| turns.saved() * s.state_bytes()).sum();
+        let host = need.shapes.iter().map(|s| turns.saved() * s.state_bytes().next_multiple_of(ALIGNMENT)).sum();
         Ok((step, host))
     }
 }
@@ -307,7 +332,7 @@ impl fmt::Display for Plan {
         write!(
             f,
             "weights outside the blocks {} MiB, adapters {}, dequantised {}, block visit {}, block inputs and step {} ({}; {} on the host), \
-             {} slots of {}, {} resident blocks {}, activations of {} blocks {}: {} of {} MiB; {}",
+             {} slots of {}, {} resident blocks {}, activations of {} blocks {}, of {} on the host {} ({} there): {} of {} MiB; {}",
             mb(self.other),
             mb(self.adapters),
             mb(self.tile),
@@ -321,6 +346,9 @@ impl fmt::Display for Plan {
             mb(self.resident_bytes),
             self.kept.len(),
             mb(self.kept_bytes),
+            self.travelling.len(),
+            mb(self.parcel_bytes),
+            mb(self.parcel_host),
             mb(self.total()),
             mb(self.budget),
             self.forecast,
