@@ -114,6 +114,11 @@ def figures(run):
     return note
 
 
+def median_step(run):
+    steps = sorted(l["seconds"] for l in run["log"] if l["step"] > 5 and l.get("seconds"))
+    return steps[len(steps) // 2] if steps else float("nan")
+
+
 def check_memory(run):
     memory = device_memory(run)
     later = [d["driver"] for step, d in memory if step >= 5]
@@ -252,6 +257,8 @@ def kills(lab, args):
         run, count = killed(lab, name, program, steps, args.kills, change)
         verdict(count == args.kills and run["hash"] is not None and run["hash"] == reference["hash"],
                 f"tiny, {program} killed {count} times: the same bytes", figures(run))
+        usual, now = median_step(reference), median_step(run)
+        verdict(now <= 1.25 * usual, f"tiny, {name}: as fast between kills", f"step {1e3 * now:.2f} ms, undisturbed {1e3 * usual:.2f} ms")
         numbers = [l["step"] for l in run["log"] if l.get("loss") is not None]
         verdict(numbers == list(range(1, steps + 1)), f"tiny, {name}: each step once in the log")
 

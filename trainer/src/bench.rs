@@ -92,6 +92,8 @@ pub struct Report {
     pub phases_s: Phases,
     /// Memory at the end.
     pub memory_mb: MemoryUse,
+    /// The driver's figure after the fifth timed step, to be compared with that at the end: it may not grow.
+    pub driver_mb_step_5: Option<f64>,
     /// A further step taken apart by the device's clock, where there is one.
     pub profile: Option<Profile>,
 }
@@ -115,6 +117,7 @@ pub fn run(process: &Process, config: Config, options: &Options<'_>) -> Result<R
     let mut batches = Batches::new(parts.batch_plan()?);
     let (mut seconds, mut phases, mut tokens, mut moved, mut step_flop) = (Vec::new(), Vec::new(), 0, 0, 0.0);
     let first = first_adapted(&parts);
+    let mut driver_mb_step_5 = None;
     for number in 1..=options.steps + 1 {
         let started = Instant::now();
         let host = batches.take(number)?;
@@ -134,6 +137,9 @@ pub fn run(process: &Process, config: Config, options: &Options<'_>) -> Result<R
             let of =
                 |b: &crate::data::HostBatch| b.sigma.len() as f64 * step_flop_of(&parts.geometry, first, b.image_tokens(), b.text_tokens());
             step_flop = host.iter().map(of).sum();
+        }
+        if seconds.len() == 5 {
+            driver_mb_step_5 = parts.engine.memory()?.device.map(|d| d.driver);
         }
     }
     // Before rates are measured, whose buffers are no part of a step.
@@ -169,6 +175,7 @@ pub fn run(process: &Process, config: Config, options: &Options<'_>) -> Result<R
         ratio: step_median_s / floor_s,
         phases_s: median_phases(&phases),
         memory_mb,
+        driver_mb_step_5,
         profile,
     })
 }
