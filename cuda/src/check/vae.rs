@@ -61,25 +61,19 @@ fn normalised(check: &Check<'_>, x: &Images, groups: usize, silu: bool) -> Resul
 
 /// Biases, sums, tables, normalised values, softmax.
 pub fn operations(check: &mut Check<'_>) -> Result<()> {
-    for (shape, groups) in [([1, 5, 7, 32], 32), ([2, 3, 4, 96], 32), ([3, 6, 10, 128], 32), ([1, 4, 33, 1024], 8), ([2, 64, 64, 256], 32)] {
+    for (shape, groups) in [([1, 5, 7, 32], 32), ([2, 3, 4, 96], 32), ([3, 6, 10, 128], 32), ([1, 4, 33, 1024], 8), ([2, 64, 64, 256], 32)]
+    {
         let mark = check.arena.mark();
         let [batch, height, width, channels] = shape;
         let x = images(check, 1, shape)?;
         for silu in [false, true] {
             let (norm, values) = normalised(check, &x, groups, silu)?;
             let mat = check.poisoned(Ty::F32, batch * height * width, channels, channels)?;
-            let p = crate::ops::vae::Patches {
-                taps: [1, 1],
-                stride: 1,
-                up: false,
-                pad_left: 0,
-                top: 0,
-                rows: height,
-                start: 0,
-                width,
-            };
+            let p = crate::ops::vae::Patches { taps: [1, 1], stride: 1, up: false, pad_left: 0, top: 0, rows: height, start: 0, width };
             let name = format!("norm {shape:?} of {groups} groups, silu {silu}");
-            check.case(name, 2.0 * limit(Ty::F32), &[Expected { mat, values }], Work::None, &|gpu| gpu.vae_patches(mat, x.strip, Some(norm), p))?;
+            check.case(name, 2.0 * limit(Ty::F32), &[Expected { mat, values }], Work::None, &|gpu| {
+                gpu.vae_patches(mat, x.strip, Some(norm), p)
+            })?;
         }
         let (one, ones) = check.random_mat(21, Ty::F32, 1, channels)?;
         let (two, twos) = check.random_mat(22, Ty::F32, 1, channels)?;
@@ -100,7 +94,9 @@ pub fn operations(check: &mut Check<'_>) -> Result<()> {
         });
         let prepare = |check: &Check<'_>| check.gpu.cast(mat, from);
         let expected = [Expected { mat, values: values.collect() }];
-        check.case_after(format!("softmax {rows} x {cols}"), limit(Ty::F32), &expected, Work::None, &prepare, &|gpu| gpu.softmax_rows(mat))?;
+        check.case_after(format!("softmax {rows} x {cols}"), limit(Ty::F32), &expected, Work::None, &prepare, &|gpu| {
+            gpu.softmax_rows(mat)
+        })?;
     }
     Ok(())
 }
@@ -218,7 +214,7 @@ fn speed(check: &mut Check<'_>) -> Result<()> {
         let (x, y, weight) = (mat(channels, side * side)?, mat(channels, side * side)?, mat(9 * channels, channels)?);
         let strip = |mat: Mat| Strip { mat, batch: 1, rows: side, width: side, first: 0, height: side };
         let conv = Conv { weight, taps: 3, stride: 1, up: false };
-        let bytes = conv.scratch_for(channels, [1, side, side]);
+        let bytes = Conv::scratch_for(3, 1, channels, [1, side, side]);
         let scratch = Scratch { ptr: check.arena.reserve(bytes)?, bytes };
         let run = |gpu: &Gpu| gpu.convolve(strip(y), strip(x), &conv, None, false, scratch);
         let micros = check.median_micros(&|_| Ok(()), &run)?;

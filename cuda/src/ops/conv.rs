@@ -56,18 +56,18 @@ impl Conv {
         if taps == 1 { 0 } else { 4 * width * Self::stride_of(taps, input) }
     }
 
-    /// The scratch memory that serves `rows` pixel rows of `batch` images at once.
+    /// The scratch memory that serves `rows` pixel rows of the output of `batch` images at once.
     #[must_use]
-    pub fn scratch_for(&self, input: usize, [batch, rows, width]: [usize; 3]) -> usize {
-        match (self.taps, self.by_triples(input, rows * width)) {
+    pub fn scratch_for(taps: usize, stride: usize, input: usize, [batch, rows, width]: [usize; 3]) -> usize {
+        match (taps, Self::by_triples(stride, input, rows * width)) {
             (1, _) => 0,
             (_, true) => 4 * (rows + 2) * width * 3 * input,
             (taps, false) => batch * rows * Self::scratch_min(taps, input, width),
         }
     }
 
-    fn by_triples(&self, input: usize, pixels: usize) -> bool {
-        self.stride == 1 && input >= TRIPLES_CHANNELS_MIN && input.is_multiple_of(4) && pixels >= TRIPLES_PIXELS_MIN
+    fn by_triples(stride: usize, input: usize, pixels: usize) -> bool {
+        stride == 1 && input >= TRIPLES_CHANNELS_MIN && input.is_multiple_of(4) && pixels >= TRIPLES_PIXELS_MIN
     }
 
     fn padding(&self) -> usize {
@@ -97,12 +97,14 @@ impl Gpu {
         let height = if conv.up { 2 * x.height } else { x.height / conv.stride };
         conv.weight.expect_shape("a convolution's weight", Ty::F32, output, conv.taps * conv.taps * input)?;
         if out.batch != x.batch || out.width != conv.output_width(x.width) || out.height != height || conv.stride == 0 {
-            return Err(Error::invariant("a convolution's input and output do not fit").expected(format!("{x:?}")).found(format!("{out:?}")));
+            return Err(Error::invariant("a convolution's input and output do not fit")
+                .expected(format!("{x:?}"))
+                .found(format!("{out:?}")));
         }
         let beta = if accumulate { 1.0 } else { 0.0 };
         match (conv.taps, norm) {
             (1, None) if out.first == x.first && out.rows == x.rows => self.gemm_nt(out.mat, x.mat, conv.weight, 1.0, beta),
-            (3, _) if conv.by_triples(input, out.rows * out.width) => self.by_triples(out, x, conv, norm, beta, scratch),
+            (3, _) if Conv::by_triples(conv.stride, input, out.rows * out.width) => self.by_triples(out, x, conv, norm, beta, scratch),
             (3, _) => self.by_patches(out, x, conv, norm, beta, scratch),
             _ => Err(Error::invariant("a convolution of this kind is not there").found(format!("{conv:?} of {x:?}"))),
         }
