@@ -125,8 +125,10 @@ pub fn vae_on(place: Place, model: &Path, case: &Path, out: &Path) -> Result<()>
                 .found(format!("{dtype:?} {shape:?}")));
         }
     };
-    let paths = model_path::resolve_path(&model.to_string_lossy())?;
-    let vae = Vae::open(part(paths.vae.as_deref(), "VAE", model)?, Half::Both, place)?;
+    // A folder with nothing but a VAE is enough here.
+    let inner = model.join("vae");
+    let found = if inner.is_dir() { Some(inner) } else { model_path::resolve_path(&model.to_string_lossy())?.vae };
+    let vae = Vae::open(part(found.as_deref(), "VAE", model)?, Half::Both, place)?;
     let pixels = Tensor::from_slice(image.bytes(), shape, &Device::Cpu).and_then(|t| normalise(&t)).map_err(failed("reading images"))?;
     let mode = vae.latent_mode(&pixels)?;
     let (tokens, decoded) = (vae.tokens(&mode)?, vae.decode(&mode)?);

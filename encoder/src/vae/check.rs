@@ -67,7 +67,7 @@ pub fn gpu_check(ordinal: usize, goldens: &Path) -> Result<()> {
     let mut checks = Checks { device: DeviceKind::Cuda(ordinal), failed: 0, done: 0 };
     checks.golden(goldens)?;
     for (name, config) in GEOMETRIES {
-        let folder = tempfile::tempdir().map_err(|e| Error::io("cannot make a folder for temporary files", &std::env::temp_dir(), e))?;
+        let folder = tempfile::tempdir().map_err(|e| Error::io("cannot make a folder for temporary files", std::env::temp_dir(), e))?;
         synth::write_as(folder.path(), config, 1)?;
         checks.against_processor(name, folder.path())?;
     }
