@@ -50,6 +50,37 @@ KERNEL(vae_patches_1, PARAMS, patches<1> ARGUMENTS)
 #undef PARAMS
 #undef ARGUMENTS
 
+// The commonest case of the same, a pixel beside its left and its right neighbour: every value is read and normalised once and goes to its three
+// places. Row blockIdx.x of the result is row `top` + blockIdx.x of the one image.
+extern "C" __global__ __launch_bounds__(THREADS) void vae_triples(float* out, const float* x, const float* table, int silu, int width, int channels,
+                                                                  int first, int height, int top) {
+    const int groups = channels / 4, item = blockIdx.y * THREADS + threadIdx.x;
+    if (item >= width * groups) return;
+    const int column = item / groups, channel = (item - column * groups) * 4, u = top + (int)blockIdx.x;
+    float a[4] = {0.0f, 0.0f, 0.0f, 0.0f};
+    if (u >= 0 && u < height) {
+        load<4>(x + ((i64)(u - first) * width + column) * channels + channel, a);
+        if (table) {
+            float mean[4], scale[4], shift[4];
+            load<4>(table + channel, mean);
+            load<4>(table + channels + channel, scale);
+            load<4>(table + 2 * channels + channel, shift);
+#pragma unroll
+            for (int i = 0; i < 4; i++) {
+                const float n = (a[i] - mean[i]) * scale[i] + shift[i];
+                a[i] = silu ? n * sigmoid(n) : n;
+            }
+        }
+    }
+    const float zero[4] = {0.0f, 0.0f, 0.0f, 0.0f};
+    float* to = out + ((i64)blockIdx.x * width + column) * 3 * channels + channel;
+    store<4>(to + channels, a);
+    if (column + 1 < width) store<4>(to + 3 * channels, a);
+    if (column > 0) store<4>(to - channels, a);
+    if (column == 0) store<4>(to, zero);
+    if (column + 1 == width) store<4>(to + 2 * channels, zero);
+}
+
 // ---- Biases, and the sums that a group norm needs -------------------------------------------------------------------------------------
 
 // Most accesses of a pixel: LANES_MAX in ops/vae.rs.
@@ -141,6 +172,14 @@ extern "C" __global__ __launch_bounds__(THREADS) void vae_norm_table(float* tabl
         to[channels + c] = (float)(rstd * (double)weight[c]);
         to[2 * channels + c] = bias[c];
     }
+}
+
+// ---- Pixels ---------------------------------------------------------------------------------------------------------------------------
+
+// 8-bit values to -1 .. 1, rounded as the host does it: divided by 127.5, then less 1.
+extern "C" __global__ __launch_bounds__(THREADS) void vae_pixels(float* out, const u8* bytes, i64 count) {
+    const i64 i = (i64)blockIdx.x * THREADS + threadIdx.x;
+    if (i < count) out[i] = __fadd_rn(__fdiv_rn((float)bytes[i], 127.5f), -1.0f);
 }
 
 // ---- Softmax of a row, in place -------------------------------------------------------------------------------------------------------

@@ -8,7 +8,7 @@ use std::sync::Arc;
 use std::sync::mpsc::{Receiver, RecvTimeoutError, SyncSender, sync_channel};
 use std::time::{Duration, Instant};
 
-use candle_core::{DType, Tensor};
+use candle_core::DType;
 use serenity_protocol::config::DeviceKind;
 use serenity_protocol::message::FromChild;
 use serenity_protocol::model_path::ModelPaths;
@@ -19,7 +19,7 @@ use crate::pixels::Pixels;
 use crate::tensor::{device, text_dtype};
 use crate::text::{Embedding, Hidden, Task, TextEncoder};
 use crate::tokenizer::{Tokenizer, Tokens};
-use crate::vae::packing::Packing;
+use crate::vae::packing::{Latents, Packing};
 use crate::vae::{Half, Place, Vae};
 
 /// Time between two progress messages.
@@ -218,7 +218,7 @@ impl Engine<'_> {
 /// Images that went through the VAE together.
 struct Encoded {
     ids: Vec<usize>,
-    latents: Tensor,
+    latents: Latents,
     packing: Arc<Packing>,
 }
 

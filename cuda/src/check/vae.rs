@@ -85,6 +85,12 @@ pub fn operations(check: &mut Check<'_>) -> Result<()> {
         })?;
         check.arena.reset(mark)?;
     }
+    let bytes: Vec<u8> = (0..=255).cycle().take(1000).collect();
+    let from = check.arena.reserve(bytes.len())?;
+    check.gpu.upload(from, &bytes)?;
+    let mat = check.poisoned(Ty::F32, 10, 100, 100)?;
+    let values = bytes.iter().map(|b| f64::from(f32::from(*b) / 127.5 - 1.0)).collect();
+    check.case("pixels, bit for bit", 0.0, &[Expected { mat, values }], Work::None, &|gpu| gpu.vae_pixels(mat, from))?;
     for (rows, cols) in [(3, 5), (7, 256), (2, 4096), (1, 16_384), (5, 1001)] {
         let (from, values) = check.random_mat(31, Ty::F32, rows, cols)?;
         let mat = check.poisoned(Ty::F32, rows, cols, cols)?;

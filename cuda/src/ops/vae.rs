@@ -7,7 +7,7 @@
 use serenity_protocol::{Error, Result};
 
 use super::{BLOCK, THREADS, grid, int};
-use crate::driver::Ptr;
+use crate::driver::{Pinned, Ptr};
 use crate::gpu::Gpu;
 use crate::mat::{Mat, Ty};
 
@@ -129,6 +129,15 @@ impl Gpu {
             return Err(wrong("reach beyond the strip"));
         }
         let wide = channels.is_multiple_of(4) && x.mat.wide(4) && out.wide(4) && norm.is_none_or(|n| n.table.address().is_multiple_of(16));
+        if wide
+            && p.taps == [1, 3]
+            && x.batch == 1
+            && !p.up
+            && (p.stride, p.pad_left, p.start, p.width) == (1, 1, 0, x.width)
+            && out.stride == out.cols
+        {
+            return self.triples(out, x, norm, p);
+        }
         let per = taps_y * taps_x * channels / if wide { 4 } else { 1 };
         let mut args = vec![out.ptr.into(), out.stride.into(), x.mat.ptr.into(), norm.map_or(Ptr::NULL, |n| n.table).into()];
         args.push(i32::from(norm.is_some_and(|n| n.silu)).into());
@@ -141,6 +150,18 @@ impl Gpu {
         }
         let name = if wide { "vae_patches" } else { "vae_patches_1" };
         self.launch(name, grid(rows, p.width * per, THREADS as usize)?, BLOCK, 0, &args)
+    }
+
+    /// [`Self::vae_patches`] of one image, of a pixel and its neighbours to the left and to the right.
+    fn triples(&self, out: Mat, x: Strip, norm: Option<Norm>, p: Patches) -> Result<()> {
+        let mut args = vec![out.ptr.into(), x.mat.ptr.into(), norm.map_or(Ptr::NULL, |n| n.table).into()];
+        args.push(i32::from(norm.is_some_and(|n| n.silu)).into());
+        for value in [x.width, x.channels(), x.first, x.height] {
+            args.push(int(value)?.into());
+        }
+        args.push(i32::try_from(p.top).map_err(|_| Error::invariant("neighbourhoods start too far away"))?.into());
+        let grid = grid(out.rows / p.width, x.width * x.channels() / 4, THREADS as usize)?;
+        self.launch("vae_triples", grid, BLOCK, 0, &args)
     }
 
     /// Adds up to two biases (`[channels]` float32, or null) to every pixel, in place; with `sums`, writes each pixel row's sums and sums of
@@ -190,6 +211,16 @@ impl Gpu {
         self.launch("vae_norm_table", [groups, batch, 1], BLOCK, 0, &args)
     }
 
+    /// 8-bit values at `bytes` to float32 in -1 to 1, as many as `out` has.
+    ///
+    /// # Errors
+    /// [`Error::Invariant`] if the type does not fit.
+    pub fn vae_pixels(&self, out: Mat, bytes: Ptr) -> Result<()> {
+        out.reshape(1, out.len())?.expect_shape("pixels", Ty::F32, 1, out.len())?;
+        let grid = grid(out.len().div_ceil(THREADS as usize), 1, 1)?;
+        self.launch("vae_pixels", grid, BLOCK, 0, &[out.ptr.into(), bytes.into(), out.len().into()])
+    }
+
     /// Softmax of every row, in place, float32.
     ///
     /// # Errors
@@ -217,5 +248,13 @@ impl Gpu {
     /// A fault of earlier work.
     pub fn download_f32(&self, to: &mut [f32], from: Ptr) -> Result<()> {
         self.download(bytemuck::cast_slice_mut(to), from)
+    }
+
+    /// Copies float32 values from the start of page-locked memory, after all work on the device.
+    ///
+    /// # Errors
+    /// [`Error::Invariant`] outside of the memory; a fault of earlier work.
+    pub fn read_f32(&self, to: &mut [f32], from: &Pinned) -> Result<()> {
+        from.read(0, bytemuck::cast_slice_mut(to))
     }
 }

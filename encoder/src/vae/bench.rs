@@ -11,6 +11,7 @@ use serenity_cuda::{Arena, Gpu, Mat, Ty};
 use serenity_protocol::process::Process;
 use serenity_protocol::{Error, Result};
 
+use super::packing::Latents;
 use super::synth::Random;
 use super::{Half, Place, Vae};
 use crate::pixels::Pixels;
@@ -66,16 +67,8 @@ pub fn run(path: &Path, place: Place, resolution: usize, images: usize, process:
     let pictures: Vec<Pixels> = (0..place.batch().min(images)).map(|_| picture()).collect();
     let batch: Vec<&Pixels> = pictures.iter().collect();
     vae.packing().entries(&vae.latents_of(&batch)?)?;
-    let (started, mut left) = (Instant::now(), images);
-    while left > 0 {
-        let count = left.min(batch.len());
-        vae.packing().entries(&vae.latents_of(batch.get(..count).unwrap_or_default())?)?;
-        left -= count;
-        process.tick();
-        if process.stop_requested() {
-            return Err(process.interrupted());
-        }
-    }
+    let started = Instant::now();
+    encode(&vae, &batch, images, process)?;
     let seconds = started.elapsed().as_secs_f64();
     let memory = vae.gpu().map(Gpu::memory).transpose()?;
     let product_rate = product_rate(&vae)?;
@@ -93,6 +86,27 @@ pub fn run(path: &Path, place: Place, resolution: usize, images: usize, process:
         device_bytes: memory.map(|m| m.used_by_process_estimate),
         device_bytes_in_use: memory.map(|m| m.total - m.free),
     })
+}
+
+/// As a run does it: entries are made on another thread than the one that drives the VAE.
+fn encode(vae: &Vae, batch: &[&Pixels], images: usize, process: &Process) -> Result<()> {
+    let packing = vae.packing().clone();
+    let (sender, latents) = std::sync::mpsc::sync_channel::<Latents>(2);
+    let packer = std::thread::spawn(move || latents.iter().try_for_each(|latents| packing.entries(&latents).map(drop)));
+    let mut left = images;
+    while left > 0 {
+        let count = left.min(batch.len());
+        if sender.send(vae.latents_of(batch.get(..count).unwrap_or_default())?).is_err() {
+            break;
+        }
+        left -= count;
+        process.tick();
+        if process.stop_requested() {
+            return Err(process.interrupted());
+        }
+    }
+    drop(sender);
+    packer.join().map_err(|_| Error::invariant("the thread that makes entries panicked"))?
 }
 
 /// Operations per second of float32 products on the VAE's device.

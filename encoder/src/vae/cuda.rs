@@ -11,7 +11,7 @@ use std::rc::Rc;
 
 use serenity_cuda::ops::conv::{Conv as DeviceConv, Scratch};
 use serenity_cuda::ops::vae::{Norm as DeviceNorm, NormTable, Patches, Strip};
-use serenity_cuda::{Arena, Gpu, Mat, Ptr, Ty};
+use serenity_cuda::{Arena, Gpu, Mat, Pinned, Ptr, Ty};
 use serenity_protocol::{Error, Result};
 
 use super::GROUP_NORM_EPS;
@@ -19,6 +19,7 @@ use super::blocks::{Block, ConvSpec, Shape};
 use super::memory::{Plan, SLOTS, SUMS, attention_row_bytes};
 use super::names::VaeWeights;
 use super::network::Kit;
+use crate::pixels::Pixels;
 
 /// Set aside for what the product library loads at first use.
 const LIBRARIES: u64 = 256 << 20;
@@ -37,6 +38,32 @@ pub(super) struct Cuda {
     work: RefCell<Option<Work>>,
 }
 
+/// An activation in host memory, channels last.
+pub(super) enum Host {
+    /// What comes from outside.
+    Plain(Vec<f32>),
+    /// Page-locked, so that strips come and go at the speed of the bus and the host does not wait for them.
+    Locked(Locked),
+}
+
+/// Page-locked memory that comes back when it is dropped. All copies are queued on one stream: the next user's are behind the last one's.
+pub(super) struct Locked {
+    memory: Option<Pinned>,
+    free: Rc<RefCell<Vec<Pinned>>>,
+}
+
+impl Locked {
+    fn memory(&self) -> Result<&Pinned> {
+        self.memory.as_ref().ok_or_else(|| Error::invariant("page-locked memory was given back while it is in use"))
+    }
+}
+
+impl Drop for Locked {
+    fn drop(&mut self) {
+        self.free.borrow_mut().extend(self.memory.take());
+    }
+}
+
 /// Memory for activations.
 struct Work {
     plan: Plan,
@@ -45,6 +72,7 @@ struct Work {
     table: Ptr,
     keys: Ptr,
     scratch: Scratch,
+    locked: Rc<RefCell<Vec<Pinned>>>,
     /// What all of it lies in.
     _arena: Arena,
 }
@@ -160,6 +188,31 @@ impl Cuda {
         Ok(plan)
     }
 
+    /// The values of an activation in host memory.
+    pub fn values(&self, host: Host, shape: Shape) -> Result<Vec<f32>> {
+        match host {
+            Host::Plain(values) => Ok(values),
+            Host::Locked(l) => {
+                let mut values = vec![0.0; shape.len()];
+                self.gpu.read_f32(&mut values, l.memory()?)?;
+                Ok(values)
+            }
+        }
+    }
+
+    /// Images of one size on the device; `None` if there is no room for their bytes beside their values.
+    pub fn pixels(&self, images: &[&Pixels], shape: Shape) -> Result<Option<Rows>> {
+        let bytes: Vec<u8> = images.iter().flat_map(|p| p.rgb.iter().copied()).collect();
+        let scratch = self.work(|w| Ok(w.scratch))?;
+        if bytes.len() > scratch.bytes || bytes.len() != shape.len() {
+            return Ok(None);
+        }
+        let to = self.rows(shape, &(0..shape.height))?;
+        self.gpu.upload(scratch.ptr, &bytes)?;
+        self.gpu.vae_pixels(to.strip.mat, scratch.ptr)?;
+        Ok(Some(to))
+    }
+
     fn work<T>(&self, with: impl FnOnce(&Work) -> Result<T>) -> Result<T> {
         let work = self.work.borrow();
         with(work.as_ref().ok_or_else(|| Error::invariant("the VAE has no device memory yet"))?)
@@ -256,6 +309,7 @@ impl Work {
             table: arena.reserve(plan.table)?,
             keys: arena.reserve(plan.keys)?,
             scratch: Scratch { ptr: arena.reserve(plan.scratch)?, bytes: plan.scratch },
+            locked: Rc::default(),
             _arena: arena,
         })
     }
@@ -291,8 +345,7 @@ impl Kit for Cuda {
     type Norm = Norm;
     type Attention = Attention;
     type Rows = Rows;
-    /// Channels last.
-    type Host = Vec<f32>;
+    type Host = Host;
     type Sums = Sums;
     type Keys = Keys;
 
@@ -324,19 +377,37 @@ impl Kit for Cuda {
         })
     }
 
-    fn blank(&self, shape: Shape) -> Result<Vec<f32>> {
-        Ok(vec![0.0; shape.len()])
+    fn blank(&self, shape: Shape) -> Result<Host> {
+        self.work(|w| {
+            if w.plan.tile.is_none() || 4 * shape.len() > w.plan.host {
+                return Ok(Host::Plain(vec![0.0; shape.len()]));
+            }
+            let found = w.locked.borrow_mut().pop();
+            match found.map_or_else(|| Pinned::new(self.gpu.context(), w.plan.host), Ok) {
+                Ok(memory) => Ok(Host::Locked(Locked { memory: Some(memory), free: w.locked.clone() })),
+                Err(e) => {
+                    tracing::debug!("{e}\n  strips go through pageable memory: slower");
+                    Ok(Host::Plain(vec![0.0; shape.len()]))
+                }
+            }
+        })
     }
 
-    fn read(&self, host: &Vec<f32>, shape: Shape, rows: Range<usize>) -> Result<Rows> {
-        let to = self.rows(shape, &rows)?;
-        self.gpu.upload_f32(to.strip.mat.ptr, host.get(span(shape, &rows)?).ok_or_else(beyond)?)?;
+    fn read(&self, host: &Host, shape: Shape, rows: Range<usize>) -> Result<Rows> {
+        let (to, span) = (self.rows(shape, &rows)?, span(shape, &rows)?);
+        match host {
+            Host::Plain(values) => self.gpu.upload_f32(to.strip.mat.ptr, values.get(span).ok_or_else(beyond)?)?,
+            Host::Locked(l) => self.gpu.compute().copy_in(to.strip.mat.ptr, l.memory()?, 4 * span.start, 4 * span.len())?,
+        }
         Ok(to)
     }
 
-    fn write(&self, host: &mut Vec<f32>, shape: Shape, rows: &Rows) -> Result<()> {
-        let range = rows.strip.first..rows.strip.first + rows.strip.rows;
-        self.gpu.download_f32(host.get_mut(span(shape, &range)?).ok_or_else(beyond)?, rows.strip.mat.ptr)
+    fn write(&self, host: &mut Host, shape: Shape, rows: &Rows) -> Result<()> {
+        let span = span(shape, &(rows.strip.first..rows.strip.first + rows.strip.rows))?;
+        match host {
+            Host::Plain(values) => self.gpu.download_f32(values.get_mut(span).ok_or_else(beyond)?, rows.strip.mat.ptr),
+            Host::Locked(l) => self.gpu.compute().copy_out(l.memory()?, 4 * span.start, rows.strip.mat.ptr, 4 * span.len()),
+        }
     }
 
     fn sums(&self, shape: Shape) -> Result<Sums> {

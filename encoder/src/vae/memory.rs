@@ -44,6 +44,8 @@ pub(super) struct Plan {
     pub keys: usize,
     /// Copies of neighbourhoods, scores.
     pub scratch: usize,
+    /// Host memory of the largest activation; taken for strips only.
+    pub host: usize,
     scratch_min: usize,
     scratch_most: usize,
 }
@@ -60,12 +62,13 @@ impl Plan {
 
     /// Whether memory taken for this serves `other` too.
     pub fn holds(&self, other: &Self) -> bool {
-        self.parts().iter().zip(other.parts()).all(|(mine, other)| mine.1 >= other.1)
+        self.parts().iter().zip(other.parts()).all(|(mine, other)| mine.1 >= other.1) && self.host >= other.host
     }
 
     /// What images of `input` need; `scratch` as much as serves.
     fn count(blocks: &[Block], input: Shape, groups: usize, tile: Option<usize>) -> Self {
-        let mut plan = Self { batch: input.batch, tile, slot: 0, sums: 0, table: 0, keys: 0, scratch: 0, scratch_min: 0, scratch_most: 0 };
+        let mut plan =
+            Self { batch: input.batch, tile, slot: 0, sums: 0, table: 0, keys: 0, scratch: 0, host: 0, scratch_min: 0, scratch_most: 0 };
         let output = blocks.iter().fold(input, |shape, block| block.output(shape));
         let full = input.height.max(output.height);
         let mut shape = input;
@@ -92,6 +95,7 @@ impl Plan {
         let window = conv.window(&(middle..middle + rows), input.height).len() + 1;
         let bytes = |shape: Shape, rows: usize| shape.batch * rows.min(shape.height) * shape.row() * FLOAT;
         self.slot = self.slot.max(bytes(input, window)).max(bytes(output, rows));
+        self.host = self.host.max(FLOAT * output.len());
         self.table = self.table.max(input.batch * 3 * input.channels.max(output.channels) * FLOAT);
         self.sums = self.sums.max(input.batch * input.height.max(output.height) * groups * 16);
         self.scratch_min = self.scratch_min.max(Conv::scratch_min(conv.taps, conv.input, output.width));
@@ -126,13 +130,9 @@ impl Plan {
         if let Some(plan) = batches.or_else(|| within(whole(1), SCRATCH_ENOUGH)) {
             return Ok(plan);
         }
-        let mut tile = full / 2;
-        while tile > TILE_UNIT {
-            let plan = Self::count(blocks, one, groups, Some(tile.next_multiple_of(TILE_UNIT)));
-            if let Some(plan) = within(plan, SCRATCH_ENOUGH) {
-                return Ok(plan);
-            }
-            tile /= 2;
+        let tiles = (1..full.div_ceil(TILE_UNIT)).rev().map(|units| Self::count(blocks, one, groups, Some(units * TILE_UNIT)));
+        if let Some(plan) = tiles.into_iter().find_map(|plan| within(plan, SCRATCH_ENOUGH)) {
+            return Ok(plan);
         }
         let least = Self::count(blocks, one, groups, Some(TILE_UNIT));
         within(least, 0).ok_or_else(|| Self::too_little(budget, &least))

@@ -31,10 +31,10 @@ use serenity_protocol::{Error, Result};
 use self::blocks::Shape;
 use self::config::VaeGeometry;
 use self::cpu::Cpu;
-use self::cuda::Cuda;
+use self::cuda::{Cuda, Host};
 use self::names::VaeWeights;
-use self::network::{Kit, Network};
-use self::packing::{PATCH, Packing};
+use self::network::{Kept, Kit, Network};
+use self::packing::{Latents, Layout, PATCH, Packing};
 use crate::pixels::Pixels;
 use crate::tensor::failed;
 
@@ -125,24 +125,51 @@ impl Loaded<Cuda> {
     fn forward(&self, half: Half, values: Vec<f32>, shape: Shape, tile: Option<usize>) -> Result<(Vec<f32>, Shape)> {
         let network = self.network(half)?;
         let plan = self.kit.prepare(network.specs(), shape, tile)?;
+        let run = |values: Vec<f32>, shape: Shape| {
+            let (host, shape) = network.forward(&self.kit, Kept::Host(Host::Plain(values)), shape, plan.tile)?;
+            Ok((self.kit.values(host, shape)?, shape))
+        };
         if plan.batch >= shape.batch {
-            return network.forward(&self.kit, values, shape, plan.tile);
+            return run(values, shape);
         }
         let one = shape.len() / shape.batch;
-        let (mut all, mut end) = (Vec::new(), shape);
-        for part in values.chunks(plan.batch * one) {
-            let shape = Shape { batch: part.len() / one, ..shape };
-            let (output, of) = network.forward(&self.kit, part.to_vec(), shape, plan.tile)?;
-            all.extend(output);
-            end = of;
-        }
-        Ok((all, Shape { batch: shape.batch, ..end }))
+        join(shape, values.chunks(plan.batch * one).map(|part| run(part.to_vec(), Shape { batch: part.len() / one, ..shape })))
     }
+
+    /// Images through the encoder: as bytes to the device where they go whole.
+    fn encode(&self, images: &[&Pixels], shape: Shape, tile: Option<usize>) -> Result<(Vec<f32>, Shape)> {
+        let network = self.network(Half::Encoder)?;
+        let plan = self.kit.prepare(network.specs(), shape, tile)?;
+        let run = |images: &[&Pixels]| {
+            let shape = Shape { batch: images.len(), ..shape };
+            let rows = if plan.tile.is_none() { self.kit.pixels(images, shape)? } else { None };
+            let Some(rows) = rows else {
+                // Rounded as `pixels::normalise` does.
+                let values = images.iter().flat_map(|p| &p.rgb).map(|v| f32::from(*v) / 127.5 - 1.0).collect();
+                return self.forward(Half::Encoder, values, shape, tile);
+            };
+            let (host, shape) = network.forward(&self.kit, Kept::Device(rows), shape, None)?;
+            Ok((self.kit.values(host, shape)?, shape))
+        };
+        join(shape, images.chunks(plan.batch).map(run))
+    }
+}
+
+/// Results of parts of a batch, one behind another.
+fn join(shape: Shape, parts: impl Iterator<Item = Result<(Vec<f32>, Shape)>>) -> Result<(Vec<f32>, Shape)> {
+    let (mut all, mut end) = (Vec::new(), shape);
+    for part in parts {
+        let (values, of) = part?;
+        end = Shape { batch: shape.batch, ..of };
+        // A batch in one piece is not copied.
+        if all.is_empty() { all = values } else { all.extend(values) }
+    }
+    Ok((all, end))
 }
 
 impl Loaded<Cpu> {
     fn forward(&self, half: Half, images: Tensor, shape: Shape, tile: Option<usize>) -> Result<Tensor> {
-        Ok(self.network(half)?.forward(&self.kit, images, shape, tile)?.0)
+        Ok(self.network(half)?.forward(&self.kit, Kept::Host(images), shape, tile)?.0)
     }
 }
 
@@ -251,21 +278,20 @@ impl Vae {
     ///
     /// # Errors
     /// As [`Self::latent_mode`].
-    pub fn latents_of(&self, images: &[&Pixels]) -> Result<Tensor> {
+    pub fn latents_of(&self, images: &[&Pixels]) -> Result<Latents> {
         let _span = tracing::trace_span!("encode images").entered();
         let Halves::Cuda(loaded) = &self.halves else {
             let tensors = images.iter().map(|p| p.to_tensor(&Device::Cpu, DType::F32)).collect::<Result<Vec<_>>>()?;
-            return self.latent_mode(&Tensor::cat(&tensors, 0).map_err(failed("joining images"))?);
+            let images = Tensor::cat(&tensors, 0).map_err(failed("joining images"))?;
+            return Ok(Latents(Layout::First(self.latent_mode(&images)?)));
         };
         let (height, width) = images.first().map_or((0, 0), |p| (p.height, p.width));
         if images.iter().any(|p| (p.height, p.width) != (height, width)) {
             return Err(Error::invariant("images of several sizes in one batch"));
         }
         let shape = self.checked(Shape { batch: images.len(), height, width, channels: 3 })?;
-        // Rounded as `pixels::normalise` does.
-        let values: Vec<f32> = images.iter().flat_map(|p| &p.rgb).map(|v| f32::from(*v) / 127.5 - 1.0).collect();
-        let (values, shape) = loaded.forward(Half::Encoder, values, shape, self.place.tile_rows)?;
-        channels_first(values, shape)?.narrow(1, 0, self.geometry().latent_channels).map_err(failed("the VAE encoder"))
+        let (values, shape) = loaded.encode(images, shape, self.place.tile_rows)?;
+        Ok(Latents(Layout::Last { values, shape }))
     }
 
     /// Latents `[B, C, h, w]` to normalised tokens `[B, h/2 * w/2, 4C]`, float32.
@@ -311,7 +337,7 @@ impl Vae {
     /// # Errors
     /// As [`Self::latent_mode`].
     pub fn encode(&self, images: &Tensor) -> Result<Vec<LatentEntry>> {
-        self.packing.entries(&self.latent_mode(images)?)
+        self.packing.entries_of(&self.latent_mode(images)?)
     }
 }
 
@@ -389,6 +415,20 @@ mod tests {
             let token: f32 = tokens.get(0).unwrap().get(at).unwrap().get(index).unwrap().to_scalar().unwrap();
             assert!((token - (plain - statistic(&vae.packing.mean)) / statistic(&vae.packing.deviation)).abs() < 1e-5);
         }
+    }
+
+    #[test]
+    fn channels_last_latents_make_the_same_entries() {
+        let vae = open(&Path::new(GOLDENS).join("model/vae"));
+        let (c, shape) = (vae.geometry().latent_channels, Shape { batch: 2, height: 4, width: 6, channels: 0 });
+        // Moments: the latent's channels, and as many that are none.
+        let moments = Tensor::randn(0f32, 2.0, (2, 2 * c, 4, 6), &Device::Cpu).unwrap();
+        let values = channels_last(&moments).unwrap();
+        let last = || Latents(Layout::Last { values: values.clone(), shape: Shape { channels: 2 * c, ..shape } });
+        let first = moments.narrow(1, 0, c).unwrap();
+        assert_eq!(vae.packing.entries(&last()).unwrap(), vae.packing.entries_of(&first).unwrap());
+        let bits = |t: &Tensor| t.flatten_all().unwrap().to_vec1::<f32>().unwrap();
+        assert_eq!(bits(&last().tensor(c).unwrap()), bits(&first));
     }
 
     #[test]

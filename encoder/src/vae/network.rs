@@ -66,8 +66,10 @@ pub(super) trait Kit {
 }
 
 /// Where an activation is.
-enum Kept<K: Kit> {
+pub(super) enum Kept<K: Kit> {
+    /// Whole on the device.
     Device(K::Rows),
+    /// In host memory.
     Host(K::Host),
 }
 
@@ -136,10 +138,14 @@ impl<K: Kit> Network<K> {
     }
 
     /// The output for `input` of `shape`, whole where `tile` is `None`, else in strips of `tile` rows of the largest activation.
-    pub fn forward(&self, kit: &K, input: K::Host, shape: Shape, tile: Option<usize>) -> Result<(K::Host, Shape)> {
+    pub fn forward(&self, kit: &K, input: Kept<K>, shape: Shape, tile: Option<usize>) -> Result<(K::Host, Shape)> {
         let output = self.specs.iter().fold(shape, |shape, block| block.output(shape));
         let walk = Walk { kit, tile, full: shape.height.max(output.height) };
-        let kept = if tile.is_none() { Kept::Device(kit.read(&input, shape, 0..shape.height)?) } else { Kept::Host(input) };
+        let kept = match input {
+            Kept::Host(host) if tile.is_none() => Kept::Device(kit.read(&host, shape, 0..shape.height)?),
+            Kept::Device(_) if tile.is_some() => return Err(mixed()),
+            other => other,
+        };
         let mut x = Activation { kept, shape, sums: None };
         for (block, &observe) in self.blocks.iter().zip(&self.observed) {
             x = walk.block(x, block, observe)?;

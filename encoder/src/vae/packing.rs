@@ -5,6 +5,7 @@ use candle_core::{DType, Device, Tensor};
 use serenity_protocol::Result;
 use serenity_protocol::cache::LatentEntry;
 
+use super::blocks::Shape;
 use super::config::VaeGeometry;
 use super::names::VaeWeights;
 use crate::tensor::failed;
@@ -18,6 +19,33 @@ pub struct Packing {
     /// `[1, 4 * latent_channels, 1, 1]`, float32.
     pub(super) mean: Tensor,
     pub(super) deviation: Tensor,
+    /// The same as plain values.
+    statistics: (Vec<f32>, Vec<f32>),
+}
+
+/// Latents as a device gives them.
+pub struct Latents(pub(super) Layout);
+
+pub(super) enum Layout {
+    /// `[B, C, h, w]`.
+    First(Tensor),
+    /// Channels last, of which the first are the latent's and the others are not.
+    Last { values: Vec<f32>, shape: Shape },
+}
+
+impl Latents {
+    /// As `[B, channels, h, w]`.
+    ///
+    /// # Errors
+    /// Failures of the tensor library.
+    pub fn tensor(self, channels: usize) -> Result<Tensor> {
+        let tensor = match self.0 {
+            Layout::First(tensor) => Ok(tensor),
+            Layout::Last { values, shape: s } => Tensor::from_vec(values, (s.batch, s.height, s.width, s.channels), &Device::Cpu)
+                .and_then(|t| t.narrow(3, 0, channels)?.permute((0, 3, 1, 2))?.contiguous()),
+        };
+        tensor.map_err(failed("reading latents"))
+    }
 }
 
 impl Packing {
@@ -26,8 +54,9 @@ impl Packing {
         let statistic = |name: &str| weights.float32(name, &[channels]);
         let shaped = |values: Vec<f32>| Tensor::from_vec(values, (1, channels, 1, 1), &Device::Cpu).map_err(failed("loading statistics"));
         let deviation = statistic("bn.running_var")?.into_iter().map(|v| (v + geometry.batch_norm_eps as f32).sqrt()).collect();
-        let (mean, deviation) = (shaped(statistic("bn.running_mean")?)?, shaped(deviation)?);
-        Ok(Self { geometry, mean, deviation })
+        let statistics: (Vec<f32>, Vec<f32>) = (statistic("bn.running_mean")?, deviation);
+        let (mean, deviation) = (shaped(statistics.0.clone())?, shaped(statistics.1.clone())?);
+        Ok(Self { geometry, mean, deviation, statistics })
     }
 
     /// The VAE's geometry.
@@ -67,11 +96,40 @@ impl Packing {
         unpack().map_err(failed("unpacking a latent"))
     }
 
+    /// Cache entries of latents.
+    ///
+    /// # Errors
+    /// Failures of the tensor library.
+    pub fn entries(&self, latents: &Latents) -> Result<Vec<LatentEntry>> {
+        match &latents.0 {
+            Layout::First(tensor) => self.entries_of(tensor),
+            Layout::Last { values, shape } => {
+                Ok(values.chunks_exact((shape.len() / shape.batch.max(1)).max(1)).map(|v| self.entry(v, *shape)).collect())
+            }
+        }
+    }
+
+    /// The entry of one image in channels-last values, of which the first channels are the latent's: the same bytes as [`Self::entries_of`].
+    fn entry(&self, values: &[f32], shape: Shape) -> LatentEntry {
+        let (mean, deviation) = &self.statistics;
+        let (channels, height, width) = (self.geometry.token_channels(), shape.height / PATCH, shape.width / PATCH);
+        let mut tokens = Vec::with_capacity(height * width * channels);
+        for token in 0..height * width {
+            let (row, column) = (token / width * PATCH, token % width * PATCH);
+            for (index, (mean, deviation)) in mean.iter().zip(deviation).enumerate() {
+                let (channel, dy, dx) = (index / (PATCH * PATCH), index / PATCH % PATCH, index % PATCH);
+                let at = ((row + dy) * shape.width + column + dx) * shape.channels + channel;
+                tokens.push((values.get(at).copied().unwrap_or(f32::NAN) - mean) / deviation);
+            }
+        }
+        LatentEntry { channels, height, width, tokens }
+    }
+
     /// Cache entries of latents `[B, C, h, w]`.
     ///
     /// # Errors
     /// Failures of the tensor library.
-    pub fn entries(&self, latents: &Tensor) -> Result<Vec<LatentEntry>> {
+    pub fn entries_of(&self, latents: &Tensor) -> Result<Vec<LatentEntry>> {
         let (_, _, h, w) = latents.dims4().map_err(failed("reading latents"))?;
         let tokens = self.tokens(latents)?.to_vec3::<f32>().map_err(failed("reading latents"))?;
         let entry = |rows: Vec<Vec<f32>>| LatentEntry {
