@@ -7,7 +7,7 @@ use crate::driver::Ptr;
 use crate::gpu::Gpu;
 use crate::mat::{Mat, Ty};
 use crate::ops::conv::{Conv, Scratch};
-use crate::ops::vae::{Norm, NormTable, Strip};
+use crate::ops::vae::{Norm, NormTable, Patches, Strip};
 
 const EPS: f64 = 1e-6;
 
@@ -69,7 +69,7 @@ pub fn operations(check: &mut Check<'_>) -> Result<()> {
         for silu in [false, true] {
             let (norm, values) = normalised(check, &x, groups, silu)?;
             let mat = check.poisoned(Ty::F32, batch * height * width, channels, channels)?;
-            let p = crate::ops::vae::Patches { taps: [1, 1], stride: 1, up: false, pad_left: 0, top: 0, rows: height, start: 0, width };
+            let p = Patches { taps: [1, 1], stride: 1, up: false, pad_left: 0, top: 0, rows: height, start: 0, width };
             let name = format!("norm {shape:?} of {groups} groups, silu {silu}");
             check.case(name, 2.0 * limit(Ty::F32), &[Expected { mat, values }], Work::None, &|gpu| {
                 gpu.vae_patches(mat, x.strip, Some(norm), p)
@@ -222,10 +222,27 @@ fn speed(check: &mut Check<'_>) -> Result<()> {
         let conv = Conv { weight, taps: 3, stride: 1, up: false };
         let bytes = Conv::scratch_for(3, 1, channels, [1, side, side]);
         let scratch = Scratch { ptr: check.arena.reserve(bytes)?, bytes };
-        let run = |gpu: &Gpu| gpu.convolve(strip(y), strip(x), &conv, None, false, scratch);
-        let micros = check.median_micros(&|_| Ok(()), &run)?;
-        let rate = Work::Flops(18.0 * (channels * channels * side * side) as f64).rate(micros);
-        check.push(super::Row { micros: Some(micros), rate, ..check.row(format!("{side} x {side} x {channels}, 3 x 3")) });
+        let groups = 32;
+        let (sums, table) = (check.arena.reserve(side * groups * 16)?, check.arena.reserve(12 * channels)?);
+        check.gpu.upload_f32(table, &vec![1.0; 3 * channels])?;
+        let norm = Norm { table, silu: true };
+        let flops = Work::Flops(18.0 * (channels * channels * side * side) as f64);
+        let bytes = (4 * channels * side * side) as f64;
+        let size = format!("{side} x {side} x {channels}");
+        let triples = Mat::new(scratch.ptr, Ty::F32, side * side, 3 * channels);
+        let p = Patches { taps: [1, 3], stride: 1, up: false, pad_left: 1, top: 0, rows: side, start: 0, width: side };
+        let convolve = |gpu: &Gpu| gpu.convolve(strip(y), strip(x), &conv, Some(norm), false, scratch);
+        let copy = |gpu: &Gpu| gpu.vae_patches(triples, strip(x), Some(norm), p);
+        let finish = |gpu: &Gpu| gpu.vae_finish(strip(y), [table, Ptr::NULL], Some((sums, groups)));
+        let timed: [(&str, Work, &dyn Fn(&Gpu) -> Result<()>); 3] = [
+            ("3 x 3 with its norm", flops, &convolve),
+            ("of it the copies", Work::Bytes(4.0 * bytes), &copy),
+            ("bias and sums", Work::Bytes(2.0 * bytes), &finish),
+        ];
+        for (what, work, run) in timed {
+            let micros = check.median_micros(&|c| c.flush(), run)?;
+            check.push(super::Row { micros: Some(micros), rate: work.rate(micros), ..check.row(format!("{size}, {what}")) });
+        }
         check.arena.reset(mark)?;
     }
     Ok(())

@@ -293,7 +293,7 @@ impl Cuda {
 fn no_device(e: Error) -> Error {
     match e {
         Error::Absent(_) => {
-            e.advice("encode on a machine with an NVIDIA GPU (\"encoder\": {\"host\": ...}), or set \"train_device\": \"cpu\"")
+            e.advice("encode on a machine with an NVIDIA GPU (\"encoder\": {\"host\": ...}), or set \"train_device\" (of an encoding host: \"encoder.device\") to \"cpu\"")
         }
         other => other,
     }
