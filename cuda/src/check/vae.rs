@@ -209,6 +209,8 @@ fn convolution(check: &mut Check<'_>, ([batch, height, width, input, output], ta
     Ok(())
 }
 
+type Run<'a> = &'a dyn Fn(&Gpu) -> Result<()>;
+
 /// The rates of the convolutions that an image of 512 px spends its time in.
 fn speed(check: &mut Check<'_>) -> Result<()> {
     for (side, channels) in [(512, 128), (256, 256), (128, 512), (64, 512)] {
@@ -234,7 +236,7 @@ fn speed(check: &mut Check<'_>) -> Result<()> {
         let convolve = |gpu: &Gpu| gpu.convolve(strip(y), strip(x), &conv, Some(norm), false, scratch);
         let copy = |gpu: &Gpu| gpu.vae_patches(triples, strip(x), Some(norm), p);
         let finish = |gpu: &Gpu| gpu.vae_finish(strip(y), [table, Ptr::NULL], Some((sums, groups)));
-        let timed: [(&str, Work, &dyn Fn(&Gpu) -> Result<()>); 3] = [
+        let timed: [(&str, Work, Run<'_>); 3] = [
             ("3 x 3 with its norm", flops, &convolve),
             ("of it the copies", Work::Bytes(4.0 * bytes), &copy),
             ("bias and sums", Work::Bytes(2.0 * bytes), &finish),

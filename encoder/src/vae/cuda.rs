@@ -182,7 +182,11 @@ impl Cuda {
             // The old memory goes first: both together may be too much.
             self.gpu.sync()?;
             *work = None;
-            tracing::debug!("VAE: {plan:?}, {} MiB", plan.bytes() >> 20);
+            let mib = plan.bytes() >> 20;
+            match plan.tile {
+                None => tracing::debug!("VAE: {} images at once in {mib} MiB", plan.batch),
+                Some(rows) => tracing::info!("images are too large for the device memory allowed: in strips of {rows} rows, in {mib} MiB"),
+            }
             *work = Some(Work::new(&self.gpu, plan)?);
         }
         Ok(plan)
