@@ -29,7 +29,7 @@ pub mod ops;
 pub mod tuning;
 
 pub use arena::{Arena, Mark};
-pub use driver::{Arg, Event, Ptr, Stream};
+pub use driver::{Arg, Event, Pinned, Ptr, Stream};
 pub use gpu::{Gpu, MemoryInfo, Properties};
 pub use host::HostSource;
 pub use mat::{Mat, Ty};

@@ -21,14 +21,12 @@ use crate::pixels::Pixels;
 use crate::tensor::{device, failed, text_dtype};
 use crate::text::TextEncoder;
 use crate::tokenizer::Tokenizer;
-use crate::vae::{Half, Vae};
+use crate::vae::{Half, Place, Vae};
 
 /// Most bytes read to measure the storage.
 const READ_SAMPLE_BYTES: u64 = 1 << 30;
 /// Time given to measuring a product.
 const PRODUCT_TIME: Duration = Duration::from_millis(300);
-/// Output pixels that a convolution computes at once on the CPU.
-const CONVOLUTION_COLUMNS: usize = 512;
 
 /// The result.
 #[derive(Debug, Serialize)]
@@ -105,7 +103,7 @@ pub fn run(config: &Config, limit: Option<usize>, process: &Process) -> Result<R
     let paths = model_path::resolve(&config.model)?;
     let device = device(config.device)?;
     let text = text(config, &paths, &samples, &device, process)?;
-    let vae = vae(config, &paths, &samples, &device, process)?;
+    let vae = vae(config, &paths, &samples, process)?;
     Ok(Report { device: format!("{device:?}"), text, vae })
 }
 
@@ -154,19 +152,18 @@ fn text(config: &Config, paths: &ModelPaths, samples: &[Sample], device: &Device
     })
 }
 
-fn vae(config: &Config, paths: &ModelPaths, samples: &[Sample], device: &Device, process: &Process) -> Result<VaeReport> {
+fn vae(config: &Config, paths: &ModelPaths, samples: &[Sample], process: &Process) -> Result<VaeReport> {
     let path = paths.vae.as_deref().ok_or_else(|| missing("VAE"))?;
-    let vae = Vae::open(path, Half::Encoder, device.clone(), DType::F32)?;
-    let channels = vae.geometry().block_out_channels.iter().copied().max().unwrap_or(1);
-    let product_rate = product_rate(channels, 9 * channels, CONVOLUTION_COLUMNS, device, DType::F32)?;
+    let vae = Vae::open(path, Half::Encoder, Place::of(config))?;
+    let product_rate = crate::vae::bench::product_rate(&vae)?;
     let (mut prepare, mut compute) = (Duration::ZERO, Duration::ZERO);
     for sample in samples {
         let started = Instant::now();
         let bytes = std::fs::read(&sample.image).map_err(|e| Error::io("cannot read the image", &sample.image, e))?;
-        let image = Pixels::prepare(&bytes, &sample.image, config.resolution)?.to_tensor(device, DType::F32)?;
+        let image = Pixels::prepare(&bytes, &sample.image, config.resolution)?;
         prepare += started.elapsed();
         let started = Instant::now();
-        vae.encode(&image)?;
+        vae.packing().entries(&vae.latents_of(&[&image])?)?;
         compute += started.elapsed();
         go_on(process)?;
     }
@@ -206,7 +203,7 @@ fn read_rate(folder: &std::path::Path) -> Result<(f64, u64)> {
 }
 
 /// Operations per second of `[m, k]` times `[k, n]` (second operand transposed, as weights are).
-fn product_rate(m: usize, k: usize, n: usize, device: &Device, dtype: DType) -> Result<f64> {
+pub(crate) fn product_rate(m: usize, k: usize, n: usize, device: &Device, dtype: DType) -> Result<f64> {
     let measure = || -> candle_core::Result<f64> {
         let a = Tensor::randn(0f32, 1.0, (m, k), device)?.to_dtype(dtype)?;
         let b = Tensor::randn(0f32, 1.0, (n, k), device)?.to_dtype(dtype)?.t()?;

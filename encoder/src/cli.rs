@@ -6,13 +6,14 @@ use std::process::ExitCode;
 
 use clap::{Args, Parser, Subcommand};
 use serenity_protocol::cache::Check;
-use serenity_protocol::config::{Config, OverrideArgs};
+use serenity_protocol::config::{Config, DeviceKind, OverrideArgs};
 use serenity_protocol::message::Role;
 use serenity_protocol::process::{self, Process};
 use serenity_protocol::{Error, Result};
 
 use crate::engine::HiddenBudget;
 use crate::run::{HIDDEN_BYTES_MAX, RunOptions, Shard, run};
+use crate::vae::{self, Place};
 use crate::{bench, cache_tool, parity, remote};
 
 /// Encodes captions and images into the cache that the trainer reads
@@ -60,6 +61,10 @@ enum Command {
     /// One computation in float32 for comparison with the reference
     #[command(subcommand)]
     Parity(ParityCommand),
+    /// Write a VAE of FLUX.2's size with random weights, for bench --vae
+    SynthVae(SynthVaeArgs),
+    /// Compare the VAE on a GPU with the reference and with the processor
+    GpuCheckVae(GpuCheckVaeArgs),
 }
 
 #[derive(Subcommand)]
@@ -96,10 +101,21 @@ struct PruneArgs {
 #[derive(Args)]
 struct BenchArgs {
     /// Configuration that names the model and the data
-    #[arg(long, value_name = "FILE")]
-    config: PathBuf,
+    #[arg(long, value_name = "FILE", required_unless_present = "vae")]
+    config: Option<PathBuf>,
     #[command(flatten)]
     overrides: OverrideArgs,
+    /// Time the VAE in this folder or file alone, on random images
+    #[arg(long, value_name = "DIR", conflicts_with = "config")]
+    vae: Option<PathBuf>,
+    #[command(flatten)]
+    place: PlaceArgs,
+    /// With --vae: side of an image in pixels
+    #[arg(long, value_name = "PIXELS", default_value_t = 512)]
+    resolution: usize,
+    /// With --vae: how many images
+    #[arg(long, value_name = "N", default_value_t = 118)]
+    images: usize,
     /// Encode at most so many captions and images
     #[arg(long, value_name = "N")]
     limit: Option<usize>,
@@ -113,7 +129,63 @@ enum ParityCommand {
     /// Captions to embeddings; IN is a JSON file with prompts, max_length and hidden_state_indices
     Text(ParityArgs),
     /// Images to latents and back; IN is a safetensors file with image_u8_nchw
-    Vae(ParityArgs),
+    Vae(ParityVaeArgs),
+}
+
+#[derive(Args)]
+struct ParityVaeArgs {
+    #[command(flatten)]
+    parity: ParityArgs,
+    #[command(flatten)]
+    place: PlaceArgs,
+}
+
+/// Where the VAE computes
+#[derive(Args)]
+struct PlaceArgs {
+    /// cpu, cuda or cuda:N
+    #[arg(long, default_value = "cpu", value_parser = parse_device)]
+    device: DeviceKind,
+    /// The VAE works in strips of so many pixel rows (rounded up to a multiple of 8); whole images where they fit if not given
+    #[arg(long, value_name = "ROWS")]
+    tile_rows: Option<usize>,
+    /// Most device memory of the process that the VAE counts on, MiB; what is free if not given
+    #[arg(long, value_name = "MIB")]
+    vram_mb: Option<u64>,
+}
+
+impl PlaceArgs {
+    fn place(&self) -> Place {
+        Place { device: self.device, bytes_max: self.vram_mb.map(|mib| mib.saturating_mul(1 << 20)), tile_rows: self.tile_rows }
+    }
+}
+
+#[derive(Args)]
+struct SynthVaeArgs {
+    /// Folder to write to
+    #[arg(long, value_name = "DIR")]
+    output: PathBuf,
+    /// Another seed gives other weights
+    #[arg(long, default_value_t = 1)]
+    seed: u64,
+}
+
+#[derive(Args)]
+struct GpuCheckVaeArgs {
+    /// The reference's folder with `model` and `cases`
+    #[arg(long, default_value = "tests/fixtures/goldens", value_name = "DIR")]
+    goldens: PathBuf,
+    /// The device, in the driver's order
+    #[arg(long, default_value_t = 0)]
+    device: usize,
+}
+
+fn parse_device(text: &str) -> std::result::Result<DeviceKind, String> {
+    match text.split_once(':').map_or((text, Some(0)), |(kind, ordinal)| (kind, ordinal.parse().ok())) {
+        ("cpu", _) if text == "cpu" => Ok(DeviceKind::Cpu),
+        ("cuda", Some(ordinal)) => Ok(DeviceKind::Cuda(ordinal)),
+        _ => Err(format!("'{text}' is no device: cpu, cuda or cuda:N")),
+    }
 }
 
 #[derive(Args)]
@@ -143,16 +215,27 @@ pub fn main() -> ExitCode {
     };
     process::main(Role::Encoder, cli.trace.as_deref(), |process| match &cli.command {
         None => job(&cli.job, process),
-        Some(Command::Bench(args)) => {
-            let config = Config::load(&args.config, &args.overrides.clone().into())?;
-            let report = bench::run(&config, args.limit, process)?;
-            report.print(args.json);
-            Ok(())
-        }
+        Some(Command::Bench(args)) => bench(args, process),
         Some(Command::Cache(command)) => cache(command, process),
         Some(Command::Parity(ParityCommand::Text(args))) => parity::text(&args.model, &args.case, &args.out),
-        Some(Command::Parity(ParityCommand::Vae(args))) => parity::vae(&args.model, &args.case, &args.out),
+        Some(Command::Parity(ParityCommand::Vae(args))) => {
+            let ParityArgs { model, case, out } = &args.parity;
+            parity::vae_on(args.place.place(), model, case, out)
+        }
+        Some(Command::SynthVae(args)) => vae::synth::write(&args.output, args.seed),
+        Some(Command::GpuCheckVae(args)) => vae::check::gpu_check(args.device, &args.goldens),
     })
+}
+
+fn bench(args: &BenchArgs, process: &Process) -> Result<()> {
+    if let Some(path) = &args.vae {
+        vae::bench::run(path, args.place.place(), args.resolution, args.images, process)?.print(args.json);
+        return Ok(());
+    }
+    let path = args.config.as_deref().ok_or_else(|| Error::config("bench needs --config or --vae"))?;
+    let config = Config::load(path, &args.overrides.clone().into())?;
+    bench::run(&config, args.limit, process)?.print(args.json);
+    Ok(())
 }
 
 fn cache(command: &CacheCommand, process: &Process) -> Result<()> {

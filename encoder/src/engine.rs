@@ -4,10 +4,11 @@
 //! item. Captions go in passes over the encoder's weights: one, unless their hidden states outgrow memory and disk budget.
 
 use std::path::{Path, PathBuf};
-use std::sync::mpsc::{Receiver, sync_channel};
+use std::sync::Arc;
+use std::sync::mpsc::{Receiver, RecvTimeoutError, SyncSender, sync_channel};
 use std::time::{Duration, Instant};
 
-use candle_core::{DType, Tensor};
+use candle_core::DType;
 use serenity_protocol::config::DeviceKind;
 use serenity_protocol::message::FromChild;
 use serenity_protocol::model_path::ModelPaths;
@@ -15,10 +16,11 @@ use serenity_protocol::process::Process;
 use serenity_protocol::{Error, Result};
 
 use crate::pixels::Pixels;
-use crate::tensor::{device, failed, text_dtype};
+use crate::tensor::{device, text_dtype};
 use crate::text::{Embedding, Hidden, Task, TextEncoder};
 use crate::tokenizer::{Tokenizer, Tokens};
-use crate::vae::{Half, Vae};
+use crate::vae::packing::{Latents, Packing};
+use crate::vae::{Half, Place, Vae};
 
 /// Time between two progress messages.
 const REPORT_EVERY: Duration = Duration::from_millis(100);
@@ -26,8 +28,6 @@ const REPORT_EVERY: Duration = Duration::from_millis(100);
 const LOG_EVERY: Duration = Duration::from_secs(10);
 /// Characters of a caption kept in its entry's metadata, for people who look into the cache.
 const CAPTION_NOTE_CHARS: usize = 200;
-/// Images encoded together on a device that gains from it.
-const DEVICE_BATCH: usize = 4;
 /// Unreadable images named in one message.
 const NAMED_MAX: usize = 10;
 /// Part of a file system's free bytes that hidden states may take: the entries need about as much again.
@@ -48,6 +48,8 @@ pub struct Engine<'a> {
     pub paths: &'a ModelPaths,
     /// Where to compute.
     pub device: DeviceKind,
+    /// Where the VAE computes, and with how much memory.
+    pub place: Place,
     /// Hidden states that an embedding is made of.
     pub hidden_states: [usize; 3],
     /// Tokens of a padded caption.
@@ -166,18 +168,18 @@ impl Engine<'_> {
         if first.is_none() {
             return Ok(());
         }
-        // The VAE is small and its norms are sensitive: float32 on every device.
-        let device = device(self.device)?;
-        let batch = if device.is_cpu() { 1 } else { DEVICE_BATCH };
-        let vae = Vae::open(part(self.paths.vae.as_deref(), "VAE")?, Half::Encoder, device, DType::F32)?;
+        let place = self.place;
+        let batch = place.batch();
+        let path = part(self.paths.vae.as_deref(), "VAE")?;
         let resolution = self.resolution;
         let mut meter = Meter::new(self.process, "images", total as u64);
-        let mut unreadable = Vec::new();
-        std::thread::scope(|scope| {
-            // Decoding runs ahead by a batch or two while the VAE computes.
-            let (sender, receiver) = sync_channel(2 * batch);
-            std::thread::Builder::new()
-                .name("image reader".into())
+        let unreadable = std::thread::scope(|scope| {
+            // Decoding runs ahead by a batch or two while the VAE computes, and entries are written behind it.
+            let (sender, pixels) = sync_channel(2 * batch);
+            let (encoded, results) = sync_channel::<Encoded>(2);
+            let thread = |name: &str| std::thread::Builder::new().name(name.into());
+            let no_thread = |e| Error::absent("cannot start a thread").cause(e);
+            thread("image reader")
                 .spawn_scoped(scope, move || {
                     while let Some(work) = first.take().or_else(&mut next) {
                         if sender.send(work.map(|work| (work.id, decode(&work, resolution)))).is_err() {
@@ -185,26 +187,54 @@ impl Engine<'_> {
                         }
                     }
                 })
-                .map_err(|e| Error::absent("cannot start a thread").cause(e))?;
-            while let Some(group) = next_group(&receiver, batch, &mut unreadable)? {
-                self.encode_group(&vae, &group, finished)?;
-                meter.set(meter.done + group.len() as u64);
+                .map_err(no_thread)?;
+            let vae = thread("VAE").spawn_scoped(scope, move || encode_all(path, place, &pixels, &encoded)).map_err(no_thread)?;
+            loop {
+                match results.recv_timeout(REPORT_EVERY) {
+                    Ok(group) => {
+                        let count = group.ids.len() as u64;
+                        self.finish_group(group, finished)?;
+                        meter.set(meter.done + count);
+                    }
+                    Err(RecvTimeoutError::Timeout) => {}
+                    Err(RecvTimeoutError::Disconnected) => break,
+                }
                 self.go_on()?;
             }
-            Ok::<(), Error>(())
+            vae.join().map_err(|_| Error::invariant("the VAE's thread panicked"))?
         })?;
         all_readable(unreadable)
     }
 
-    fn encode_group(&self, vae: &Vae, group: &[(usize, Pixels)], finished: Finished) -> Result<()> {
-        let tensors = group.iter().map(|(_, p)| p.to_tensor(vae.device(), vae.dtype())).collect::<Result<Vec<_>>>()?;
-        let images = Tensor::cat(&tensors, 0).map_err(failed("joining images"))?;
-        let notes = [("computed_in", format!("{:?}", vae.dtype()).to_lowercase()), ("resolution", self.resolution.to_string())];
-        for ((id, _), entry) in group.iter().zip(vae.encode(&images)?) {
+    fn finish_group(&self, group: Encoded, finished: Finished) -> Result<()> {
+        let notes = [("computed_in", "f32".to_string()), ("resolution", self.resolution.to_string())];
+        for (id, entry) in group.ids.iter().zip(group.packing.entries(&group.latents)?) {
             finished(*id, entry.to_bytes(&notes)?)?;
         }
         Ok(())
     }
+}
+
+/// Images that went through the VAE together.
+struct Encoded {
+    ids: Vec<usize>,
+    latents: Latents,
+    packing: Arc<Packing>,
+}
+
+/// What the VAE's thread does until there are no more images or nobody takes its results; the images that could not be decoded.
+fn encode_all(path: &Path, place: Place, pixels: &Receiver<Prepared>, encoded: &SyncSender<Encoded>) -> Result<Vec<Error>> {
+    let vae = Vae::open(path, Half::Encoder, place)?;
+    let mut unreadable = Vec::new();
+    while let Some(group) = next_group(pixels, place.batch(), &mut unreadable)? {
+        let images: Vec<&Pixels> = group.iter().map(|(_, pixels)| pixels).collect();
+        let latents = vae.latents_of(&images)?;
+        let ids = group.iter().map(|(id, _)| *id).collect();
+        if encoded.send(Encoded { ids, latents, packing: vae.packing().clone() }).is_err() {
+            break;
+        }
+    }
+    Ok(unreadable)
 }
 
 fn tokenize(tokenizer: &Tokenizer, work: &CaptionWork, max_length: usize) -> Result<Tokens> {

@@ -8,13 +8,14 @@ use safetensors::Dtype;
 use safetensors::tensor::View;
 use serde::Deserialize;
 use serenity_protocol::checkpoint::Checkpoint;
+use serenity_protocol::config::DeviceKind;
 use serenity_protocol::{Error, Result, atomic_file, model_path};
 
 use crate::pixels::normalise;
 use crate::tensor::failed;
 use crate::text::TextEncoder;
 use crate::tokenizer::{SYSTEM_MESSAGE, Tokenizer};
-use crate::vae::{Half, Vae};
+use crate::vae::{Half, Place, Vae};
 
 /// A named result: type, shape, little-endian bytes.
 struct Output {
@@ -105,6 +106,14 @@ pub fn text(model: &Path, case: &Path, out: &Path) -> Result<()> {
 /// # Errors
 /// [`Error::Data`] for a malformed case; what loading and encoding report.
 pub fn vae(model: &Path, case: &Path, out: &Path) -> Result<()> {
+    vae_on(Place::on(DeviceKind::Cpu), model, case, out)
+}
+
+/// [`vae`] on any device, whole or in strips.
+///
+/// # Errors
+/// As [`vae`]; [`Error::Absent`] without the device.
+pub fn vae_on(place: Place, model: &Path, case: &Path, out: &Path) -> Result<()> {
     let input = Checkpoint::open(case)?;
     let image = input.tensor("image_u8_nchw")?;
     let shape = match (image.dtype, image.shape.as_slice()) {
@@ -116,8 +125,10 @@ pub fn vae(model: &Path, case: &Path, out: &Path) -> Result<()> {
                 .found(format!("{dtype:?} {shape:?}")));
         }
     };
-    let paths = model_path::resolve_path(&model.to_string_lossy())?;
-    let vae = Vae::open(part(paths.vae.as_deref(), "VAE", model)?, Half::Both, Device::Cpu, DType::F32)?;
+    // A folder with nothing but a VAE is enough here.
+    let inner = model.join("vae");
+    let found = if inner.is_dir() { Some(inner) } else { model_path::resolve_path(&model.to_string_lossy())?.vae };
+    let vae = Vae::open(part(found.as_deref(), "VAE", model)?, Half::Both, place)?;
     let pixels = Tensor::from_slice(image.bytes(), shape, &Device::Cpu).and_then(|t| normalise(&t)).map_err(failed("reading images"))?;
     let mode = vae.latent_mode(&pixels)?;
     let (tokens, decoded) = (vae.tokens(&mode)?, vae.decode(&mode)?);

@@ -18,6 +18,7 @@ use serenity_protocol::{Error, Result, atomic_file, dataset};
 
 use crate::engine::{CaptionWork, Engine, HiddenBudget, ImageWork};
 use crate::remote;
+use crate::vae::Place;
 
 /// Time between two looks at entries that other encoders are making.
 const LOOK_EVERY: Duration = Duration::from_millis(200);
@@ -114,6 +115,7 @@ pub fn run_with(config: &Config, options: RunOptions, process: &Process, connect
         let engine = Engine {
             paths: &paths,
             device: config.device,
+            place: Place::of(config),
             hidden_states: plan.hidden_states,
             max_length: plan.max_length,
             resolution: plan.resolution,

@@ -14,6 +14,7 @@ mod heads;
 mod rows;
 mod speed;
 mod training;
+mod vae;
 
 use std::path::PathBuf;
 
@@ -53,6 +54,8 @@ pub fn sections() -> Vec<Section> {
         ("attention-own", attention::own),
         ("attention-cudnn", attention::cudnn),
         ("attention-f32", attention::f32),
+        ("vae", vae::operations),
+        ("conv", vae::convolutions),
         ("bandwidth", speed::bandwidth),
     ]
 }

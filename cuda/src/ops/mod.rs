@@ -5,10 +5,12 @@
 #![forbid(unsafe_code)]
 
 pub mod checksum;
+pub mod conv;
 pub mod elementwise;
 pub mod loss;
 pub mod optimizer;
 pub mod rows;
+pub mod vae;
 
 use serenity_protocol::{Error, Result};
 

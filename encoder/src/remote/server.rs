@@ -16,6 +16,7 @@ use serenity_protocol::{Error, Result};
 use super::frame::{self, Frame, Kind};
 use super::{CaptionItem, EntryHead, Failure, Hello, ImageHead, Job};
 use crate::engine::{CaptionWork, Engine, HiddenBudget, ImageWork};
+use crate::vae::Place;
 
 /// Time between two signs of life.
 const ALIVE_EVERY: Duration = Duration::from_secs(1);
@@ -104,9 +105,11 @@ fn converse<W: Write>(frames: &Frames, output: &Mutex<W>, budget: HiddenBudget, 
     let paths = resolve(&job)?;
     reply(output, |o| frame::send_json(o, Kind::Ready, &()))?;
     let scratch = std::env::temp_dir();
+    let device = job.device.map_or(DeviceKind::Cpu, DeviceKind::Cuda);
     let engine = Engine {
         paths: &paths,
-        device: job.device.map_or(DeviceKind::Cpu, DeviceKind::Cuda),
+        device,
+        place: Place::on(device),
         hidden_states: job.hidden_states,
         max_length: job.max_length,
         resolution: job.resolution,

@@ -80,13 +80,18 @@ impl VaeGeometry {
     pub(super) fn read(path: &Path, weights: &VaeWeights) -> Result<Self> {
         let file = config_file(path);
         let Ok(text) = std::fs::read_to_string(&file) else { return Self::infer(weights) };
-        let parsed = serde_json::from_str::<Self>(&text);
-        if parsed.is_err() && path.is_file() {
+        if path.is_file() && serde_json::from_str::<Self>(&text).is_err() {
             // The configuration beside a single file may be that of another component.
             return Self::infer(weights);
         }
-        let geometry = parsed.map_err(|e| Error::data("the VAE's configuration is not that of a FLUX.2 VAE").at(&file).cause(e))?;
-        geometry.check().map_err(|e| e.at(&file))?;
+        Self::parse(&text).map_err(|e| e.at(&file))
+    }
+
+    /// From the text of a `config.json`.
+    pub(super) fn parse(text: &str) -> Result<Self> {
+        let parsed = serde_json::from_str::<Self>(text);
+        let geometry = parsed.map_err(|e| Error::data("the VAE's configuration is not that of a FLUX.2 VAE").cause(e))?;
+        geometry.check()?;
         Ok(geometry)
     }
 

@@ -2,11 +2,11 @@
 
 use std::path::Path;
 
-use candle_core::{DType, Device, Tensor};
+use candle_core::{Device, Tensor};
 use serenity_protocol::checkpoint::Checkpoint;
 use serenity_protocol::{Error, Result};
 
-use crate::tensor::{load, upload};
+use crate::tensor::{failed, stored_type};
 
 /// A tensor that only the BFL naming has.
 const BFL_MARK: &str = "encoder.down.0.block.0.conv1.weight";
@@ -15,16 +15,14 @@ const BFL_MARK: &str = "encoder.down.0.block.0.conv1.weight";
 pub struct VaeWeights {
     checkpoint: Checkpoint,
     bfl: bool,
-    device: Device,
-    dtype: DType,
 }
 
 impl VaeWeights {
     /// Opens the file or folder at `path`.
-    pub fn open(path: &Path, device: Device, dtype: DType) -> Result<Self> {
+    pub fn open(path: &Path) -> Result<Self> {
         let checkpoint = Checkpoint::open(path)?;
         let bfl = checkpoint.contains(BFL_MARK);
-        Ok(Self { checkpoint, bfl, device, dtype })
+        Ok(Self { checkpoint, bfl })
     }
 
     /// The folder or file.
@@ -42,23 +40,19 @@ impl VaeWeights {
         self.checkpoint.contains(&name).then(|| self.checkpoint.tensor(&name).ok().map(|t| t.shape)).flatten()
     }
 
-    /// A tensor of that shape. The BFL file stores attention's linears as 1 x 1 convolutions: the same values.
+    /// A tensor of that shape on the processor, in float32.
     pub fn get(&self, diffusers: &str, shape: &[usize]) -> Result<Tensor> {
-        let name = self.name(diffusers);
-        let linear = shape.len() == 2;
-        if self.bfl && linear {
-            let stored: Vec<usize> = shape.iter().copied().chain([1, 1]).collect();
-            let tensor = self.checkpoint.tensor(&name)?;
-            if tensor.shape == stored {
-                return upload(&tensor, tensor.bytes(), shape, &self.device, self.dtype).map_err(|e| e.at(self.root()));
-            }
-        }
-        load(&self.checkpoint, &name, shape, &self.device, self.dtype)
+        Tensor::from_vec(self.float32(diffusers, shape)?, shape, &Device::Cpu).map_err(failed("loading weights"))
     }
 
-    /// A tensor's values in float32, on the host.
+    /// A tensor's values in float32. The BFL file stores attention's linears as 1 x 1 convolutions: the same values.
     pub fn float32(&self, diffusers: &str, shape: &[usize]) -> Result<Vec<f32>> {
-        self.checkpoint.tensor_of_shape(&self.name(diffusers), shape)?.to_f32().map_err(|e: Error| e.at(self.root()))
+        let name = self.name(diffusers);
+        let linear: Vec<usize> = shape.iter().copied().chain([1, 1]).collect();
+        let stored = if self.bfl && shape.len() == 2 && self.shape(diffusers).as_ref() == Some(&linear) { &linear } else { shape };
+        let tensor = self.checkpoint.tensor_of_shape(&name, stored)?;
+        // Refuses what is no plain float type, with what to do.
+        stored_type(tensor.dtype).and_then(|_| tensor.to_f32()).map_err(|e: Error| e.at(self.root()).found(format!("tensor '{name}'")))
     }
 }
 
