@@ -5,8 +5,8 @@
 //! captions and images; [`run`] is the job: which entries are missing, have these made, write each whole or not at all.
 //!
 //! The path of a caption: [`tokenizer`] → [`text`] → [`serenity_protocol::cache::TextEntry`]. The path of an image: [`pixels`] → [`vae`] →
-//! [`serenity_protocol::cache::LatentEntry`]. Everything takes a device and a type; on the CPU both encoders compute in float32, and a
-//! sample's result does not depend on what is encoded with it, bit for bit.
+//! [`serenity_protocol::cache::LatentEntry`]. The text encoder takes a device and a type, the VAE a place to be (always in float32); on
+//! the CPU both compute in float32, and a sample's result does not depend on what is encoded with it, bit for bit.
 #![forbid(unsafe_code)]
 #![warn(missing_docs)]
 

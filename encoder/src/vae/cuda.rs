@@ -16,7 +16,7 @@ use serenity_protocol::{Error, Result};
 
 use super::GROUP_NORM_EPS;
 use super::blocks::{Block, ConvSpec, Shape};
-use super::memory::{Plan, SLOTS, SUMS, attention_row_bytes};
+use super::memory::{Budget, Plan, SLOTS, SUMS, attention_row_bytes};
 use super::names::VaeWeights;
 use super::network::Kit;
 use crate::pixels::Pixels;
@@ -33,8 +33,7 @@ pub(super) struct Cuda {
     gpu: Gpu,
     groups: usize,
     weights: Arena,
-    /// Bytes for everything that is not a weight.
-    budget: usize,
+    budget: Budget,
     work: RefCell<Option<Work>>,
 }
 
@@ -165,7 +164,8 @@ impl Cuda {
         let context = info.total.saturating_sub(info.free + info.used_by_process_estimate).min(CONTEXT_MAX);
         let free = info.free + info.used_by_process_estimate + context;
         let cap = limit.unwrap_or(u64::MAX).min(free.saturating_sub(MARGIN));
-        let budget = usize::try_from(cap.saturating_sub(context + used + LIBRARIES)).unwrap_or(usize::MAX);
+        let bytes = |n: u64| usize::try_from(n).unwrap_or(usize::MAX);
+        let budget = Budget { cap: bytes(cap), taken: bytes(context + used + LIBRARIES) };
         Ok(Self { gpu, groups, weights, budget, work: RefCell::default() })
     }
 

@@ -27,6 +27,22 @@ const FLOAT: usize = 4;
 /// Rows of attention scores that are enough at once.
 const SCORES_ENOUGH: usize = 64;
 
+/// What the process may take of the device.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(super) struct Budget {
+    /// In all.
+    pub cap: usize,
+    /// Context, libraries, weights.
+    pub taken: usize,
+}
+
+impl Budget {
+    /// What is left for activations.
+    pub fn left(&self) -> usize {
+        self.cap.saturating_sub(self.taken)
+    }
+}
+
 /// Bytes of each part of the device memory.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(super) struct Plan {
@@ -111,14 +127,14 @@ impl Plan {
         self.scratch_most = self.scratch_most.max(row * tokens);
     }
 
-    /// The way of images of `input` (as many as its batch says) within `budget` bytes, in strips of `tile` rows if that is given.
-    pub fn choose(blocks: &[Block], input: Shape, groups: usize, budget: usize, tile: Option<usize>) -> Result<Self> {
+    /// The way of images of `input` (as many as its batch says) within the budget, in strips of `tile` rows if that is given.
+    pub fn choose(blocks: &[Block], input: Shape, groups: usize, budget: Budget, tile: Option<usize>) -> Result<Self> {
         let output = blocks.iter().fold(input, |shape, block| block.output(shape));
         let full = input.height.max(output.height);
         let one = Shape { batch: 1, ..input };
         let within = |plan: Self, enough: usize| -> Option<Self> {
             let fixed = Self { scratch: 0, ..plan }.bytes();
-            let scratch = plan.scratch.min(budget.saturating_sub(fixed) / 256 * 256);
+            let scratch = plan.scratch.min(budget.left().saturating_sub(fixed) / 256 * 256);
             (scratch >= plan.scratch_min.max(enough.min(plan.scratch))).then_some(Self { scratch, ..plan })
         };
         if let Some(tile) = tile.filter(|tile| *tile < full) {
@@ -138,16 +154,13 @@ impl Plan {
         within(least, 0).ok_or_else(|| Self::too_little(budget, &least))
     }
 
-    fn too_little(budget: usize, plan: &Self) -> Error {
-        let needed = Self { scratch: plan.scratch_min, ..*plan }.bytes();
+    fn too_little(budget: Budget, plan: &Self) -> Error {
+        let needed = budget.taken + Self { scratch: plan.scratch_min, ..*plan }.bytes();
         let mib = |bytes: usize| bytes.div_ceil(1 << 20);
         Error::config("the device memory allowed is too small for the VAE")
-            .expected(format!("at least {} MiB beside weights and context", mib(needed)))
-            .found(format!("{} MiB", budget >> 20))
-            .advice(format!(
-                "raise memory.stagehand.vram_high_watermark_mb by {} MiB, free device memory, or lower the resolution",
-                mib(needed.saturating_sub(budget))
-            ))
+            .expected(format!("at least {} MiB, {} of them for context, libraries and weights", mib(needed), mib(budget.taken)))
+            .found(format!("{} MiB", budget.cap >> 20))
+            .advice("raise memory.stagehand.vram_high_watermark_mb, free device memory, or lower the resolution")
     }
 }
 
@@ -171,7 +184,9 @@ mod tests {
     fn a_card_of_24_gb_takes_1024_px_whole_and_a_small_budget_takes_strips() {
         let encoder = blocks::encoder(&synth::geometry().unwrap());
         let gib = |n: usize| n << 30;
-        let plan = |side: usize, budget: usize| Plan::choose(&encoder, shape(4, side), 32, budget, None);
+        let plan = |side: usize, budget: usize| {
+            Plan::choose(&encoder, shape(4, side), 32, Budget { cap: budget + (900 << 20), taken: 900 << 20 }, None)
+        };
         let whole = plan(1024, gib(22)).unwrap();
         assert_eq!((whole.tile, whole.batch), (None, 4));
         assert_eq!(plan(1024, gib(3)).unwrap().tile, None);
@@ -185,15 +200,17 @@ mod tests {
         }
         let error = plan(1024, 10 << 20).unwrap_err();
         assert_eq!(error.exit_code(), 64);
-        assert!(error.to_string().contains("at least"), "{error}");
+        assert!(error.to_string().contains("MiB, 900 of them"), "{error}");
     }
+
+    const ALL: Budget = Budget { cap: usize::MAX / 2, taken: 0 };
 
     #[test]
     fn memory_is_bounded_by_the_strip() {
         let blocks = blocks::decoder(&synth::geometry().unwrap());
         let latent = |side: usize| Shape { batch: 1, height: side / 8, width: 64, channels: 32 };
-        let slot = |side: usize| Plan::choose(&blocks, latent(side), 32, usize::MAX / 2, Some(64)).unwrap().slot;
+        let slot = |side: usize| Plan::choose(&blocks, latent(side), 32, ALL, Some(64)).unwrap().slot;
         assert_eq!(slot(1024), slot(8192), "a taller image has no larger strips");
-        assert!(slot(512) < Plan::choose(&blocks, latent(512), 32, usize::MAX / 2, None).unwrap().slot / 3);
+        assert!(slot(512) < Plan::choose(&blocks, latent(512), 32, ALL, None).unwrap().slot / 3);
     }
 }
