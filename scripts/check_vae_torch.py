@@ -1,7 +1,7 @@
 #!/usr/bin/env python3
 """The VAE of serenity-encoder against PyTorch at FLUX.2's full size: values, and the time of the encoder in float32.
 
-  target/release/serenity-encoder synth-vae --output OUT/model/vae
+  target/release/serenity-encoder synth --only vae --output OUT/model
   python3 scripts/check_vae_torch.py OUT --encoder target/release/serenity-encoder [--device cuda] [--resolution 512] [--batch 4]
 
 Makes a case of random images, lets `serenity-encoder parity vae` compute it on the device, and compares with the same network written down here in

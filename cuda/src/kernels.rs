@@ -30,6 +30,7 @@ pub const UNITS: &[Unit] = &[
     Unit { name: "elementwise", sources: &[COMMON, ("elementwise.cu", include_str!("../kernels/elementwise.cu"))] },
     Unit { name: "xxh3", sources: &[COMMON, ("xxh3.cu", include_str!("../kernels/xxh3.cu"))] },
     Unit { name: "vae", sources: &[COMMON, ("vae.cu", include_str!("../kernels/vae.cu"))] },
+    Unit { name: "text", sources: &[COMMON, ("text.cu", include_str!("../kernels/text.cu"))] },
     Unit { name: "optimizer", sources: &[COMMON, ("optimizer.cu", include_str!("../kernels/optimizer.cu"))] },
     Unit {
         name: "attention",

@@ -18,8 +18,8 @@ use serenity_protocol::process::Process;
 use serenity_protocol::{Error, Result};
 
 use crate::pixels::Pixels;
-use crate::tensor::{device, failed, text_dtype};
-use crate::text::TextEncoder;
+use crate::tensor::failed;
+use crate::text::AnyTextEncoder;
 use crate::tokenizer::Tokenizer;
 use crate::vae::{Half, Place, Vae};
 
@@ -101,10 +101,9 @@ pub fn run(config: &Config, limit: Option<usize>, process: &Process) -> Result<R
     let mut samples = dataset::scan(&config.data)?;
     samples.truncate(limit.unwrap_or(usize::MAX).max(1));
     let paths = model_path::resolve(&config.model)?;
-    let device = device(config.device)?;
-    let text = text(config, &paths, &samples, &device, process)?;
+    let text = text(config, &paths, &samples, process)?;
     let vae = vae(config, &paths, &samples, process)?;
-    Ok(Report { device: format!("{device:?}"), text, vae })
+    Ok(Report { device: config.device.to_string(), text, vae })
 }
 
 fn go_on(process: &Process) -> Result<()> {
@@ -116,18 +115,21 @@ fn missing(what: &str) -> Error {
     Error::absent(format!("the model has no {what}"))
 }
 
-fn text(config: &Config, paths: &ModelPaths, samples: &[Sample], device: &Device, process: &Process) -> Result<TextReport> {
+fn text(config: &Config, paths: &ModelPaths, samples: &[Sample], process: &Process) -> Result<TextReport> {
     let folder = paths.text_encoder.as_deref().ok_or_else(|| missing("text encoder"))?;
     let tokenizer = Tokenizer::open(paths.tokenizer.as_deref().ok_or_else(|| missing("tokenizer"))?)?;
     let max_length = config.model.max_sequence_length;
     let captions = samples.iter().map(|s| tokenizer.encode(&s.caption, max_length)).collect::<Result<Vec<_>>>()?;
     let (read_rate, stored_bytes_per_param) = read_rate(folder)?;
-    let dtype = text_dtype(device);
-    let encoder = TextEncoder::open(folder, device.clone(), dtype)?;
+    let encoder = AnyTextEncoder::open(folder, config.device, None, Place::of(config).bytes_max, None)?;
+    let dtype = encoder.dtype();
     let g: &TextGeometry = encoder.geometry();
     let states = g.hidden_states(config.model.text_hidden_states)?;
     let tokens: usize = captions.iter().map(|c| c.ids.len()).sum();
-    let product_rate = product_rate(tokens.div_ceil(captions.len()), g.hidden, g.intermediate, device, dtype)?;
+    let product_rate = match encoder.gpu() {
+        None => product_rate(tokens.div_ceil(captions.len()), g.hidden, g.intermediate, &Device::Cpu, dtype)?,
+        Some(gpu) => crate::text::bench::device_product_rate(gpu, g, tokens)?,
+    };
     let started = Instant::now();
     let encoded = encoder.encode(&captions, tokenizer.pad_id(), states, max_length, DType::BF16, &mut |_, _| go_on(process))?;
     let seconds = started.elapsed().as_secs_f64();

@@ -5,16 +5,19 @@ use std::path::PathBuf;
 use std::process::ExitCode;
 
 use clap::{Args, Parser, Subcommand};
+use serenity_cuda::Ty;
 use serenity_protocol::cache::Check;
+use serenity_protocol::cache::text_model::TextGeometry;
 use serenity_protocol::config::{Config, DeviceKind, OverrideArgs};
 use serenity_protocol::message::Role;
 use serenity_protocol::process::{self, Process};
 use serenity_protocol::{Error, Result};
 
 use crate::engine::HiddenBudget;
+use crate::parity::{self, TextPlace};
 use crate::run::{HIDDEN_BYTES_MAX, RunOptions, Shard, run};
 use crate::vae::{self, Place};
-use crate::{bench, cache_tool, parity, remote};
+use crate::{bench, cache_tool, remote, text};
 
 /// Encodes captions and images into the cache that the trainer reads
 #[derive(Parser)]
@@ -61,10 +64,10 @@ enum Command {
     /// One computation in float32 for comparison with the reference
     #[command(subcommand)]
     Parity(ParityCommand),
-    /// Write a VAE of FLUX.2's size with random weights, for bench --vae
-    SynthVae(SynthVaeArgs),
-    /// Compare the VAE on a GPU with the reference and with the processor
-    GpuCheckVae(GpuCheckVaeArgs),
+    /// Write a text encoder and a VAE of FLUX.2's size with random weights, for bench (35 GB)
+    Synth(SynthArgs),
+    /// Compare both encoders on a GPU with the reference and with the processor
+    GpuCheck(GpuCheckArgs),
 }
 
 #[derive(Subcommand)]
@@ -101,13 +104,25 @@ struct PruneArgs {
 #[derive(Args)]
 struct BenchArgs {
     /// Configuration that names the model and the data
-    #[arg(long, value_name = "FILE", required_unless_present = "vae")]
+    #[arg(long, value_name = "FILE", required_unless_present_any = ["vae", "text_encoder"])]
     config: Option<PathBuf>,
     #[command(flatten)]
     overrides: OverrideArgs,
     /// Time the VAE in this folder or file alone, on random images
     #[arg(long, value_name = "DIR", conflicts_with = "config")]
     vae: Option<PathBuf>,
+    /// Time the text encoder in this folder alone, on random tokens
+    #[arg(long, value_name = "DIR", conflicts_with_all = ["config", "vae"])]
+    text_encoder: Option<PathBuf>,
+    /// With --text-encoder: how many captions
+    #[arg(long, value_name = "N", default_value_t = 118)]
+    captions: usize,
+    /// With --text-encoder: real tokens of a caption, on average
+    #[arg(long, value_name = "N", default_value_t = 140)]
+    tokens: usize,
+    /// With --text-encoder: threads that read weights
+    #[arg(long, value_name = "N")]
+    readers: Option<usize>,
     #[command(flatten)]
     place: PlaceArgs,
     /// With --vae: side of an image in pixels
@@ -127,7 +142,10 @@ struct BenchArgs {
 #[derive(Subcommand)]
 enum ParityCommand {
     /// Captions to embeddings; IN is a JSON file with prompts, max_length and hidden_state_indices
-    Text(ParityArgs),
+    Text(ParityTextArgs),
+    /// Token ids to hidden states of the text encoder in the folder --model; IN is a JSON file with captions, pad_id, max_length and
+    /// hidden_state_indices
+    Ids(ParityTextArgs),
     /// Images to latents and back; IN is a safetensors file with image_u8_nchw
     Vae(ParityVaeArgs),
 }
@@ -140,7 +158,7 @@ struct ParityVaeArgs {
     place: PlaceArgs,
 }
 
-/// Where the VAE computes
+/// Where it computes
 #[derive(Args)]
 struct PlaceArgs {
     /// cpu, cuda or cuda:N
@@ -149,7 +167,7 @@ struct PlaceArgs {
     /// The VAE works in strips of so many pixel rows (rounded up to a multiple of 8); whole images where they fit if not given
     #[arg(long, value_name = "ROWS")]
     tile_rows: Option<usize>,
-    /// Most device memory of the process that the VAE counts on, MiB; what is free if not given
+    /// Most device memory of the process, MiB; what is free if not given
     #[arg(long, value_name = "MIB")]
     vram_mb: Option<u64>,
 }
@@ -161,23 +179,62 @@ impl PlaceArgs {
 }
 
 #[derive(Args)]
-struct SynthVaeArgs {
-    /// Folder to write to
+struct SynthArgs {
+    /// Folder to write `text_encoder/` and `vae/` to
     #[arg(long, value_name = "DIR")]
     output: PathBuf,
+    /// Only these
+    #[arg(long, value_enum, value_name = "PART")]
+    only: Option<SynthPart>,
+    /// Layers of the text encoder
+    #[arg(long, default_value_t = 30, value_name = "N")]
+    layers: usize,
     /// Another seed gives other weights
     #[arg(long, default_value_t = 1)]
     seed: u64,
 }
 
+#[derive(Clone, Copy, PartialEq, Eq, clap::ValueEnum)]
+enum SynthPart {
+    Text,
+    Vae,
+}
+
 #[derive(Args)]
-struct GpuCheckVaeArgs {
+struct GpuCheckArgs {
     /// The reference's folder with `model` and `cases`
     #[arg(long, default_value = "tests/fixtures/goldens", value_name = "DIR")]
     goldens: PathBuf,
     /// The device, in the driver's order
     #[arg(long, default_value_t = 0)]
     device: usize,
+}
+
+/// Where the text encoder computes, and in what
+#[derive(Args)]
+struct ParityTextArgs {
+    #[command(flatten)]
+    parity: ParityArgs,
+    /// cpu, cuda or cuda:N
+    #[arg(long, default_value = "cpu", value_parser = parse_device)]
+    device: DeviceKind,
+    /// f32 or bf16
+    #[arg(long, default_value = "f32", value_parser = parse_type)]
+    dtype: Ty,
+}
+
+impl ParityTextArgs {
+    fn place(&self) -> TextPlace {
+        TextPlace { device: self.device, ty: self.dtype }
+    }
+}
+
+fn parse_type(text: &str) -> std::result::Result<Ty, String> {
+    match text {
+        "f32" => Ok(Ty::F32),
+        "bf16" => Ok(Ty::Bf16),
+        _ => Err(format!("'{text}' is no type: f32 or bf16")),
+    }
 }
 
 fn parse_device(text: &str) -> std::result::Result<DeviceKind, String> {
@@ -217,22 +274,74 @@ pub fn main() -> ExitCode {
         None => job(&cli.job, process),
         Some(Command::Bench(args)) => bench(args, process),
         Some(Command::Cache(command)) => cache(command, process),
-        Some(Command::Parity(ParityCommand::Text(args))) => parity::text(&args.model, &args.case, &args.out),
+        Some(Command::Parity(ParityCommand::Text(args))) => {
+            let ParityArgs { model, case, out } = &args.parity;
+            parity::text_on(args.place(), model, case, out)
+        }
+        Some(Command::Parity(ParityCommand::Ids(args))) => {
+            let ParityArgs { model, case, out } = &args.parity;
+            parity::ids(args.place(), model, case, out)
+        }
         Some(Command::Parity(ParityCommand::Vae(args))) => {
             let ParityArgs { model, case, out } = &args.parity;
             parity::vae_on(args.place.place(), model, case, out)
         }
-        Some(Command::SynthVae(args)) => vae::synth::write(&args.output, args.seed),
-        Some(Command::GpuCheckVae(args)) => vae::check::gpu_check(args.device, &args.goldens),
+        Some(Command::Synth(args)) => synth(args),
+        Some(Command::GpuCheck(args)) => gpu_check(args),
     })
 }
 
+fn synth(args: &SynthArgs) -> Result<()> {
+    if args.only != Some(SynthPart::Vae) {
+        let geometry = TextGeometry { layers: args.layers.max(1), ..text::synth::mistral() };
+        text::synth::write(&args.output.join("text_encoder"), &geometry, args.seed)?;
+    }
+    if args.only != Some(SynthPart::Text) {
+        vae::synth::write(&args.output.join("vae"), args.seed)?;
+    }
+    Ok(())
+}
+
+/// Whether a device of NVIDIA's is there at all.
+fn no_device() -> bool {
+    !["/dev/nvidiactl", "/dev/nvidia0", "/dev/dxg"].iter().any(|path| std::path::Path::new(path).exists())
+}
+
+fn gpu_check(args: &GpuCheckArgs) -> Result<()> {
+    if no_device() {
+        println!("==================================================================");
+        println!("SKIPPED: no GPU. Nothing of the encoders on CUDA was checked.");
+        println!("==================================================================");
+        return Ok(());
+    }
+    let text = text::check::gpu_check(args.device, &args.goldens)?;
+    let (done, failed) = vae::check::gpu_check(args.device, &args.goldens)?;
+    let (done, failed) = (done + text.done, failed + text.failed);
+    println!("{done} cases, {failed} failed");
+    if failed > 0 {
+        return Err(Error::invariant(format!("{failed} of {done} cases of the encoders on CUDA failed")));
+    }
+    Ok(())
+}
+
 fn bench(args: &BenchArgs, process: &Process) -> Result<()> {
+    if let Some(path) = &args.text_encoder {
+        let place = args.place.place();
+        let options = text::bench::Options {
+            device: place.device,
+            captions: args.captions,
+            tokens: args.tokens,
+            readers: args.readers,
+            bytes_max: place.bytes_max,
+        };
+        text::bench::run(path, &options, process)?.print(args.json);
+        return Ok(());
+    }
     if let Some(path) = &args.vae {
         vae::bench::run(path, args.place.place(), args.resolution, args.images, process)?.print(args.json);
         return Ok(());
     }
-    let path = args.config.as_deref().ok_or_else(|| Error::config("bench needs --config or --vae"))?;
+    let path = args.config.as_deref().ok_or_else(|| Error::config("bench needs --config, --text-encoder or --vae"))?;
     let config = Config::load(path, &args.overrides.clone().into())?;
     bench::run(&config, args.limit, process)?.print(args.json);
     Ok(())

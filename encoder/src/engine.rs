@@ -16,8 +16,7 @@ use serenity_protocol::process::Process;
 use serenity_protocol::{Error, Result};
 
 use crate::pixels::Pixels;
-use crate::tensor::{device, text_dtype};
-use crate::text::{Embedding, Hidden, Task, TextEncoder};
+use crate::text::{AnyTextEncoder, Embedding, Hidden, Task};
 use crate::tokenizer::{Tokenizer, Tokens};
 use crate::vae::packing::{Latents, Packing};
 use crate::vae::{Half, Place, Vae};
@@ -105,9 +104,9 @@ impl Engine<'_> {
             return Ok(());
         }
         let tokenizer = Tokenizer::open(part(self.paths.tokenizer.as_deref(), "tokenizer")?)?;
-        let device = device(self.device)?;
-        let dtype = text_dtype(&device);
-        let encoder = TextEncoder::open(part(self.paths.text_encoder.as_deref(), "text encoder")?, device, dtype)?;
+        let folder = part(self.paths.text_encoder.as_deref(), "text encoder")?;
+        let encoder = AnyTextEncoder::open(folder, self.device, None, self.place.bytes_max, None)?;
+        let dtype = encoder.dtype();
         let tokens = works.iter().map(|work| tokenize(&tokenizer, work, self.max_length)).collect::<Result<Vec<_>>>()?;
         let per_token = encoder.bytes_per_token(DType::BF16);
         let sizes: Vec<usize> = tokens.iter().map(|t| t.ids.len().saturating_mul(per_token)).collect();

@@ -7,14 +7,15 @@ use candle_core::{DType, Device, Tensor};
 use safetensors::Dtype;
 use safetensors::tensor::View;
 use serde::Deserialize;
+use serenity_cuda::Ty;
 use serenity_protocol::checkpoint::Checkpoint;
 use serenity_protocol::config::DeviceKind;
 use serenity_protocol::{Error, Result, atomic_file, model_path};
 
 use crate::pixels::normalise;
 use crate::tensor::failed;
-use crate::text::TextEncoder;
-use crate::tokenizer::{SYSTEM_MESSAGE, Tokenizer};
+use crate::text::AnyTextEncoder;
+use crate::tokenizer::{SYSTEM_MESSAGE, Tokenizer, Tokens};
 use crate::vae::{Half, Place, Vae};
 
 /// A named result: type, shape, little-endian bytes.
@@ -76,6 +77,23 @@ fn part<'a>(path: Option<&'a Path>, what: &str, model: &Path) -> Result<&'a Path
 /// # Errors
 /// [`Error::Data`] for a malformed case; what loading and encoding report.
 pub fn text(model: &Path, case: &Path, out: &Path) -> Result<()> {
+    text_on(TextPlace { device: DeviceKind::Cpu, ty: Ty::F32 }, model, case, out)
+}
+
+/// Where the text encoder computes for comparison, and in what.
+#[derive(Debug, Clone, Copy)]
+pub struct TextPlace {
+    /// The device.
+    pub device: DeviceKind,
+    /// float32 or bf16.
+    pub ty: Ty,
+}
+
+/// [`text`] on any device and in either type.
+///
+/// # Errors
+/// As [`text`]; [`Error::Absent`] without the device.
+pub fn text_on(place: TextPlace, model: &Path, case: &Path, out: &Path) -> Result<()> {
     let json = std::fs::read_to_string(case).map_err(|e| Error::io("cannot read the case", case, e))?;
     let case_of = |e| Error::data("the case is malformed").at(case).cause(e).expected("prompts, max_length, three hidden_state_indices");
     let c: TextCase = serde_json::from_str(&json).map_err(case_of)?;
@@ -84,7 +102,8 @@ pub fn text(model: &Path, case: &Path, out: &Path) -> Result<()> {
     }
     let paths = model_path::resolve_path(&model.to_string_lossy())?;
     let tokenizer = Tokenizer::open(part(paths.tokenizer.as_deref(), "tokenizer", model)?)?;
-    let encoder = TextEncoder::open(part(paths.text_encoder.as_deref(), "text encoder", model)?, Device::Cpu, DType::F32)?;
+    let folder = part(paths.text_encoder.as_deref(), "text encoder", model)?;
+    let encoder = AnyTextEncoder::open(folder, place.device, Some(place.ty), None, None)?;
     let captions = c.prompts.iter().map(|p| tokenizer.encode(p, c.max_length)).collect::<Result<Vec<_>>>()?;
     let encoded = encoder.encode(&captions, tokenizer.pad_id(), c.hidden_state_indices, c.max_length, DType::F32, &mut |_, _| Ok(()))?;
     let (mut ids, mut mask, mut embeds) = (Vec::new(), Vec::new(), Vec::new());
@@ -99,6 +118,35 @@ pub fn text(model: &Path, case: &Path, out: &Path) -> Result<()> {
     }
     let embeds = Tensor::stack(&embeds, 0).map_err(failed("joining embeddings"))?;
     write(out, &[("attention_mask", Output::integers(&mask)), ("embeds", Output::floats(&embeds)?), ("input_ids", Output::integers(&ids))])
+}
+
+/// The case of [`ids`].
+#[derive(Deserialize)]
+struct IdsCase {
+    captions: Vec<Vec<u32>>,
+    pad_id: u32,
+    max_length: usize,
+    hidden_state_indices: [usize; 3],
+}
+
+/// Hidden states of captions that are given as token ids in the JSON `case`, of the text encoder in the folder `encoder`: `rows` `[tokens, 3 * hidden]` of
+/// all captions, and `pad` `[1, 3 * hidden]`, F32.
+///
+/// # Errors
+/// [`Error::Data`] for a malformed case; what loading and encoding report.
+pub fn ids(place: TextPlace, encoder: &Path, case: &Path, out: &Path) -> Result<()> {
+    let json = std::fs::read_to_string(case).map_err(|e| Error::io("cannot read the case", case, e))?;
+    let wrong = || Error::data("the case is malformed").at(case).expected("captions, pad_id, max_length, three hidden_state_indices");
+    let c: IdsCase = serde_json::from_str(&json).map_err(|e| wrong().cause(e))?;
+    if c.captions.iter().any(|ids| ids.is_empty() || ids.len() > c.max_length) {
+        return Err(wrong().cause("a caption has no tokens, or more than max_length"));
+    }
+    let encoder = AnyTextEncoder::open(encoder, place.device, Some(place.ty), None, None)?;
+    let captions: Vec<Tokens> = c.captions.into_iter().map(|ids| Tokens { ids, cut: 0 }).collect();
+    let encoded = encoder.encode(&captions, c.pad_id, c.hidden_state_indices, c.max_length, DType::F32, &mut |_, _| Ok(()))?;
+    let rows: Vec<&Tensor> = encoded.captions.iter().map(|e| &e.rows).collect();
+    let rows = Tensor::cat(&rows, 0).map_err(failed("joining embeddings"))?;
+    write(out, &[("pad", Output::floats(&encoded.pad.rows)?), ("rows", Output::floats(&rows)?)])
 }
 
 /// The VAE on `image_u8_nchw` of the safetensors `case`: `pixels`, `latent_mode`, `tokens` and `decoded` (from the mode), all F32.

@@ -3,7 +3,6 @@
 use candle_core::{DType, Device, Tensor};
 use safetensors::Dtype;
 use serenity_protocol::checkpoint::{Checkpoint, TensorRef};
-use serenity_protocol::config::DeviceKind;
 use serenity_protocol::{Error, Result};
 
 /// Turns an error of the tensor library into ours: shapes are checked when weights are loaded, so what is left is the device's doing
@@ -18,31 +17,6 @@ pub fn failed(what: &'static str) -> impl Fn(candle_core::Error) -> Error {
         }
         Error::invariant(format!("a computation failed: {what}")).cause(text)
     }
-}
-
-/// The device of that kind. A build without the tensor library's CUDA backend encodes on the processor where a GPU trains, and says so.
-///
-/// # Errors
-/// [`Error::Absent`] where there is no such device.
-pub fn device(kind: DeviceKind) -> Result<Device> {
-    match kind {
-        DeviceKind::Cpu => Ok(Device::Cpu),
-        DeviceKind::Cuda(_) if !candle_core::utils::cuda_is_available() => {
-            tracing::warn!("this build of serenity-encoder computes on the processor; training still uses the GPU");
-            Ok(Device::Cpu)
-        }
-        DeviceKind::Cuda(ordinal) => Device::new_cuda(ordinal).map_err(|e| {
-            Error::absent(format!("the CUDA device {ordinal} cannot be used"))
-                .cause(e)
-                .advice("set \"train_device\": \"cpu\", or build with the cuda feature on a machine with an NVIDIA driver")
-        }),
-    }
-}
-
-/// The type that the text encoder computes in on `device`: float32 on the CPU, bfloat16 elsewhere.
-#[must_use]
-pub fn text_dtype(device: &Device) -> DType {
-    if device.is_cpu() { DType::F32 } else { DType::BF16 }
 }
 
 /// The tensor `name` of that shape in `dtype` on `device`.

@@ -60,6 +60,6 @@ fn without_a_device_cuda_is_an_error_and_its_check_says_that_it_checked_nothing(
     let done = parity(out.to_str().unwrap(), &["--device", "cuda"]);
     assert_eq!(done.status.code(), Some(69), "{}", String::from_utf8_lossy(&done.stderr));
     assert!(String::from_utf8_lossy(&done.stderr).contains("train_device") && !out.exists());
-    let check = encoder(&["gpu-check-vae"]);
+    let check = encoder(&["gpu-check"]);
     assert!(check.status.success() && String::from_utf8_lossy(&check.stdout).contains("SKIPPED: no GPU"));
 }

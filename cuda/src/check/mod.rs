@@ -13,6 +13,7 @@ mod elementwise;
 mod heads;
 mod rows;
 mod speed;
+mod text;
 mod training;
 mod vae;
 
@@ -56,6 +57,9 @@ pub fn sections() -> Vec<Section> {
         ("attention-f32", attention::f32),
         ("vae", vae::operations),
         ("conv", vae::convolutions),
+        ("rms-norm", text::rms_norm),
+        ("rotate-halves", text::rotate),
+        ("captions", text::captions),
         ("bandwidth", speed::bandwidth),
     ]
 }

@@ -133,6 +133,18 @@ impl Pinned {
         Ok(())
     }
 
+    /// The memory itself, to be written in place once `last_use` (the event behind the last copy that reads or writes any of it) is done. While the
+    /// slice lives no copy can be queued.
+    ///
+    /// # Errors
+    /// A fault of the work before the event.
+    pub fn bytes_after(&mut self, last_use: &Event) -> Result<&mut [u8]> {
+        last_use.sync()?;
+        // SAFETY: the memory is ours and was initialised in `new`; `&mut self` excludes other host access for as long as the slice lives, and the
+        // device's has ended with the event.
+        Ok(unsafe { std::slice::from_raw_parts_mut(self.base.cast::<u8>(), self.bytes) })
+    }
+
     /// Copies the bytes at `offset` into `to`, after all work on the device.
     ///
     /// # Errors

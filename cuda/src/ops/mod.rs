@@ -10,6 +10,7 @@ pub mod elementwise;
 pub mod loss;
 pub mod optimizer;
 pub mod rows;
+pub mod text;
 pub mod vae;
 
 use serenity_protocol::{Error, Result};

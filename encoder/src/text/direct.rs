@@ -14,7 +14,7 @@ use std::sync::Mutex;
 use serenity_protocol::{Error, Result};
 
 /// Alignment of offsets, lengths and memory of direct reads.
-const ALIGN: usize = 4096;
+pub(super) const ALIGN: usize = 4096;
 /// Bytes of one read.
 const READ_BYTES: usize = 4 << 20;
 /// Reads under way at once.

@@ -90,6 +90,10 @@ pub struct EncodeTimes {
     pub weight_params: u64,
     /// Multiply-adds times two, of the linear layers.
     pub flops: f64,
+    /// Bytes of weights that came from files, where that was counted.
+    pub weight_bytes: u64,
+    /// Bytes of device memory beside the context by the driver's figure, on a device.
+    pub device_bytes: Option<u64>,
 }
 
 impl Embedding {
@@ -108,11 +112,11 @@ impl Embedding {
 }
 
 /// Captions on their way through the layers, packed.
-struct Pack {
+pub(super) struct Pack {
     /// Which captions.
-    captions: Range<usize>,
+    pub captions: Range<usize>,
     /// Number of tokens of each.
-    lengths: Vec<usize>,
+    pub lengths: Vec<usize>,
 }
 
 impl Pack {
@@ -130,11 +134,11 @@ impl Pack {
     }
 }
 
-/// Neighbours together, up to [`PACK_ROWS`].
-fn packs(captions: &[Tokens]) -> Vec<Pack> {
+/// Neighbours together, up to `most` rows; one caption alone may have more.
+pub(super) fn packs(captions: &[Tokens], most: usize) -> Vec<Pack> {
     let mut packs: Vec<Pack> = Vec::new();
     for (index, rows) in captions.iter().map(|c| c.ids.len()).enumerate() {
-        match packs.last_mut().filter(|p| p.rows() + rows <= PACK_ROWS) {
+        match packs.last_mut().filter(|p| p.rows() + rows <= most) {
             Some(pack) => {
                 pack.captions.end = index + 1;
                 pack.lengths.push(rows);
@@ -252,10 +256,10 @@ impl TextEncoder {
         &self.geometry
     }
 
-    /// Bytes that a token of a pass keeps in memory: its running state and the kept ones in type `keep`.
+    /// What it computes in.
     #[must_use]
-    pub fn bytes_per_token(&self, keep: DType) -> usize {
-        self.geometry.hidden * self.dtype.size_in_bytes() + self.geometry.features() * keep.size_in_bytes()
+    pub fn dtype(&self) -> DType {
+        self.dtype
     }
 
     /// Runs `captions` through the encoder in one pass over the weights and gives their embeddings together, hidden states in memory.
@@ -305,7 +309,7 @@ impl TextEncoder {
         };
         let positions = self.positions(captions, task.max_length)?;
         let pad = self.weights.embed(&[pad_id], &self.device, self.dtype)?;
-        let mut pass = Pass { encoder: self, task, packs: packs(captions), positions, store, pad, pad_kept: [None, None, None] };
+        let mut pass = Pass { encoder: self, task, packs: packs(captions, PACK_ROWS), positions, store, pad, pad_kept: [None, None, None] };
         pass.embed(captions)?;
         let mut times = EncodeTimes::default();
         std::thread::scope(|scope| {
@@ -396,7 +400,7 @@ mod tests {
     fn packed_equals_alone_bit_for_bit_in_memory_and_through_a_file() {
         let encoder = encoder();
         let (captions, states) = (captions(encoder.geometry.vocab), [0, 1, 3]);
-        assert!(packs(&captions).len() > 3 && packs(&captions).iter().any(|p| p.captions.len() > 4));
+        assert!(packs(&captions, PACK_ROWS).len() > 3 && packs(&captions, PACK_ROWS).iter().any(|p| p.captions.len() > 4));
         let one = |c: &[Tokens]| encoder.encode(c, 2, states, 1100, DType::F32, &mut |_, _| Ok(())).unwrap();
         let together = one(&captions);
         let folder = tempfile::tempdir().unwrap();

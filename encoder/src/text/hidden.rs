@@ -78,7 +78,8 @@ impl HiddenStore {
     }
 }
 
-fn bytes_of(tensor: &Tensor) -> Result<Vec<u8>> {
+/// The bytes of a tensor on the host.
+pub(super) fn bytes_of(tensor: &Tensor) -> Result<Vec<u8>> {
     let wrong = failed("storing a hidden state");
     let flat = tensor.flatten_all().map_err(&wrong)?;
     Ok(match tensor.dtype() {

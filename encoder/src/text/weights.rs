@@ -2,11 +2,14 @@
 
 use candle_core::{DType, Device, Tensor};
 use safetensors::Dtype;
+use serenity_cuda::Ty;
+use serenity_cuda::arena::ALIGNMENT;
 use serenity_protocol::cache::text_model::TextGeometry;
 use serenity_protocol::checkpoint::Checkpoint;
 use serenity_protocol::{Error, Result};
 
 use super::direct::DirectReader;
+use super::stream::Part;
 use crate::tensor::{stored_type, upload, upload_as};
 
 /// Prefixes of the language model's tensors (`spec/flux2.md` 2.5): older multimodal, newer multimodal, text only.
@@ -23,6 +26,20 @@ pub(super) struct LayerWeights {
     pub down: Tensor,
     pub attention_norm: Tensor,
     pub mlp_norm: Tensor,
+}
+
+/// Where a layer's tensors are in the files, and where they go in device memory: queries, keys and values under each other, gate and up too, so
+/// that each is one matrix. Offsets in bytes.
+pub(super) struct LayerPlaces {
+    pub parts: Vec<Part>,
+    pub query: usize,
+    pub output: usize,
+    pub gate: usize,
+    pub down: usize,
+    pub attention_norm: usize,
+    pub mlp_norm: usize,
+    /// All of it.
+    pub bytes: usize,
 }
 
 /// The language model's tensors in a checkpoint, whichever way they are spelled.
@@ -84,6 +101,34 @@ impl TextWeights {
             attention_norm: get("input_layernorm", &[d])?,
             mlp_norm: get("post_attention_layernorm", &[d])?,
         })
+    }
+
+    /// The places of layer `index` for a device that computes in `ty`.
+    pub fn places(&self, index: usize, ty: Ty) -> Result<LayerPlaces> {
+        let g = &self.geometry;
+        let (d, queries, keys, m) = (g.hidden, g.heads * g.head_dim, g.kv_heads * g.head_dim, g.intermediate);
+        let (mut parts, mut end) = (Vec::new(), 0usize);
+        let mut put = |names: &[(&str, usize)], cols: usize| -> Result<usize> {
+            let start = end.next_multiple_of(ALIGNMENT);
+            end = start;
+            for (name, rows) in names {
+                let name = format!("{}layers.{index}.{name}.weight", self.prefix);
+                let shape: &[usize] = if *rows == 1 { &[cols] } else { &[*rows, cols] };
+                self.checkpoint.tensor_of_shape(&name, shape)?;
+                let place = self.checkpoint.place(&name)?;
+                let stored = stored_type(place.dtype).map_err(|e| e.at(&place.file).found(format!("tensor '{name}'")))?;
+                parts.push(Part { file: place.file, start: place.range.start, elements: rows * cols, stored, to: end });
+                end += rows * cols * ty.bytes();
+            }
+            Ok(start)
+        };
+        let query = put(&[("self_attn.q_proj", queries), ("self_attn.k_proj", keys), ("self_attn.v_proj", keys)], d)?;
+        let output = put(&[("self_attn.o_proj", d)], queries)?;
+        let gate = put(&[("mlp.gate_proj", m), ("mlp.up_proj", m)], d)?;
+        let down = put(&[("mlp.down_proj", d)], m)?;
+        let attention_norm = put(&[("input_layernorm", 1)], d)?;
+        let mlp_norm = put(&[("post_attention_layernorm", 1)], d)?;
+        Ok(LayerPlaces { parts, query, output, gate, down, attention_norm, mlp_norm, bytes: end.next_multiple_of(ALIGNMENT) })
     }
 
     /// The embeddings of `ids`, `[ids, hidden]`: only these rows of the (large) table are read.

@@ -1,7 +1,7 @@
 //! The CUDA VAE against the reference's tensors and against the processor, whole and in strips, on the device of this machine.
 //!
 //! Prints a line for each case: largest difference over the largest expected magnitude, and norm of the difference over norm of the expected. A case
-//! fails above its limit or where a value is no number. Without a device nothing is checked, and that is said.
+//! fails above its limit or where a value is no number.
 
 use std::path::Path;
 
@@ -48,22 +48,11 @@ struct Checks {
     done: usize,
 }
 
-/// Whether a device of NVIDIA's is there at all.
-fn no_device() -> bool {
-    !Path::new("/dev/nvidiactl").exists() && !Path::new("/dev/nvidia0").exists() && !Path::new("/dev/dxg").exists()
-}
-
-/// Runs all cases on device `ordinal`; `goldens` is the reference's folder with `model` and `cases`.
+/// Runs all cases on device `ordinal`, and returns how many there were and how many failed; `goldens` is the reference's folder with `model` and `cases`.
 ///
 /// # Errors
-/// [`Error::Invariant`] if a case fails; what opening the device or the reference reports.
-pub fn gpu_check(ordinal: usize, goldens: &Path) -> Result<()> {
-    if no_device() {
-        println!("==================================================================");
-        println!("SKIPPED: no GPU. Nothing of the CUDA VAE was checked.");
-        println!("==================================================================");
-        return Ok(());
-    }
+/// What opening the device or the reference reports. Cases that fail are counted.
+pub fn gpu_check(ordinal: usize, goldens: &Path) -> Result<(usize, usize)> {
     let mut checks = Checks { device: DeviceKind::Cuda(ordinal), failed: 0, done: 0 };
     checks.golden(goldens)?;
     for (name, config) in GEOMETRIES {
@@ -71,11 +60,7 @@ pub fn gpu_check(ordinal: usize, goldens: &Path) -> Result<()> {
         synth::write_as(folder.path(), config, 1)?;
         checks.against_processor(name, folder.path())?;
     }
-    println!("{} cases, {} failed", checks.done, checks.failed);
-    if checks.failed > 0 {
-        return Err(Error::invariant(format!("{} of {} cases of the CUDA VAE failed", checks.failed, checks.done)));
-    }
-    Ok(())
+    Ok((checks.done, checks.failed))
 }
 
 fn values(t: &Tensor) -> Result<Vec<f32>> {

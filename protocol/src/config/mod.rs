@@ -230,6 +230,16 @@ pub enum DeviceKind {
     Cuda(usize),
 }
 
+impl std::fmt::Display for DeviceKind {
+    /// As `train_device` names it.
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        match self {
+            Self::Cpu => f.write_str("cpu"),
+            Self::Cuda(ordinal) => write!(f, "cuda:{ordinal}"),
+        }
+    }
+}
+
 /// Type that the transformer computes in.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum ComputeDtype {

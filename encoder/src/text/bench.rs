@@ -1,0 +1,254 @@
+//! How fast captions are encoded, and how fast they could be: no configuration, no tokenizer, random token ids.
+//!
+//! The floors are measured in the same run: the same files read by as many threads without anything else (storage), copies from page-locked memory
+//! (bus), and products of the layer's shapes (compute). A pass cannot beat the largest of them.
+
+use std::fs::File;
+use std::os::unix::fs::FileExt;
+use std::path::Path;
+use std::sync::atomic::{AtomicUsize, Ordering};
+use std::time::Instant;
+
+use candle_core::DType;
+use serde::Serialize;
+use serenity_cuda::driver::Pinned;
+use serenity_cuda::{Arena, Event, Gpu, Ty};
+use serenity_protocol::cache::identity::weight_files;
+use serenity_protocol::cache::text_model::TextGeometry;
+use serenity_protocol::config::DeviceKind;
+use serenity_protocol::process::Process;
+use serenity_protocol::{Error, Result};
+
+use super::any::AnyTextEncoder;
+use crate::tokenizer::Tokens;
+
+/// Bytes of a copy whose rate is measured.
+const COPY_BYTES: usize = 256 << 20;
+/// Bytes of one read.
+const READ_BYTES: usize = 32 << 20;
+/// Bytes of files that are read to measure the storage, at most.
+const READ_MOST: u64 = 16 << 30;
+
+/// What to encode.
+#[derive(Debug, Clone)]
+pub struct Options {
+    /// Where.
+    pub device: DeviceKind,
+    /// Captions.
+    pub captions: usize,
+    /// Real tokens of a caption, on average: they vary by a half.
+    pub tokens: usize,
+    /// Reading threads.
+    pub readers: Option<usize>,
+    /// Most device memory.
+    pub bytes_max: Option<u64>,
+}
+
+/// The result.
+#[derive(Debug, Serialize)]
+pub struct Report {
+    /// Where it ran.
+    pub device: String,
+    /// Captions.
+    pub captions: usize,
+    /// Their tokens.
+    pub tokens: usize,
+    /// Layers.
+    pub layers: usize,
+    /// Bytes of weights read.
+    pub weight_bytes: u64,
+    /// Opening files and device.
+    pub open_seconds: f64,
+    /// From token ids to embeddings in host memory.
+    pub seconds: f64,
+    /// The device at work in layers.
+    pub compute_seconds: f64,
+    /// The host waiting for pieces of layers.
+    pub wait_seconds: f64,
+    /// Threads reading, added up.
+    pub read_seconds: f64,
+    /// Bytes a second of plain reads of these files, by as many threads.
+    pub read_rate: f64,
+    /// Bytes a second to the device.
+    pub bus_rate: f64,
+    /// Operations a second of products of a layer's shapes.
+    pub product_rate: f64,
+    /// weight_bytes / read_rate.
+    pub read_floor_seconds: f64,
+    /// weight_bytes / bus_rate.
+    pub bus_floor_seconds: f64,
+    /// Operations of the linear layers / product_rate.
+    pub compute_floor_seconds: f64,
+    /// seconds / the largest floor.
+    pub ratio: f64,
+    /// Device memory beside the context, by the driver.
+    pub device_bytes: Option<u64>,
+    /// All of the device's memory in use at the end of the pass, context and other processes included.
+    pub device_bytes_in_use: Option<u64>,
+}
+
+/// Encodes random captions with the text encoder at `path`.
+///
+/// # Errors
+/// As [`AnyTextEncoder::open`] and [`AnyTextEncoder::encode`].
+pub fn run(path: &Path, options: &Options, process: &Process) -> Result<Report> {
+    if options.captions == 0 || options.tokens < 2 || options.tokens > 340 {
+        return Err(Error::config("--captions must be positive, --tokens from 2 to 340"));
+    }
+    let opened = Instant::now();
+    let encoder = AnyTextEncoder::open(path, options.device, None, options.bytes_max, options.readers)?;
+    let open_seconds = opened.elapsed().as_secs_f64();
+    let g = encoder.geometry().clone();
+    let states = [g.layers / 3, 2 * g.layers / 3, g.layers];
+    let captions: Vec<Tokens> = (0..options.captions)
+        .map(|i| {
+            // From a half to one and a half of the average.
+            let n = options.tokens / 2 + (i * 7919) % (options.tokens + 1);
+            Tokens { ids: (0..n).map(|j| ((i * 104_729 + j * 31) % g.vocab) as u32).collect(), cut: 0 }
+        })
+        .collect();
+    let go_on = |_: u64, _: u64| {
+        process.tick();
+        if process.stop_requested() { Err(process.interrupted()) } else { Ok(()) }
+    };
+    let started = Instant::now();
+    let encoded = encoder.encode(&captions, 0, states, 512, DType::BF16, &mut { go_on })?;
+    let seconds = started.elapsed().as_secs_f64();
+    let times = encoded.times;
+    let in_use = encoder.gpu().map(Gpu::memory).transpose()?.map(|m| m.total - m.free);
+    let tokens: usize = captions.iter().map(|c| c.ids.len()).sum();
+    let weight_bytes = if times.weight_bytes > 0 { times.weight_bytes } else { 2 * times.weight_params };
+    let threads = options.readers.unwrap_or_else(|| std::thread::available_parallelism().map_or(1, usize::from));
+    let read_rate = read_rate(path, threads)?;
+    let (bus_rate, product_rate) = match encoder.gpu() {
+        Some(gpu) => (bus_rate(gpu)?, device_product_rate(gpu, &g, tokens)?),
+        None => (f64::INFINITY, crate::bench::product_rate(1024, g.hidden, g.intermediate, &candle_core::Device::Cpu, DType::F32)?),
+    };
+    let (read, bus, compute) = (weight_bytes as f64 / read_rate, weight_bytes as f64 / bus_rate, times.flops / product_rate);
+    Ok(Report {
+        device: encoder.gpu().map_or_else(|| "cpu".to_string(), |gpu| gpu.properties().name.clone()),
+        captions: captions.len(),
+        tokens,
+        layers: g.layers,
+        weight_bytes,
+        open_seconds,
+        seconds,
+        compute_seconds: times.compute.as_secs_f64(),
+        wait_seconds: times.wait.as_secs_f64(),
+        read_seconds: times.read.as_secs_f64(),
+        read_rate,
+        bus_rate,
+        product_rate,
+        read_floor_seconds: read,
+        bus_floor_seconds: bus,
+        compute_floor_seconds: compute,
+        ratio: seconds / read.max(bus).max(compute),
+        device_bytes: times.device_bytes,
+        device_bytes_in_use: in_use,
+    })
+}
+
+/// Bytes a second of reads of the component's weight files by so many threads, each with a buffer of its own.
+fn read_rate(path: &Path, threads: usize) -> Result<f64> {
+    let mut pieces = Vec::new();
+    let mut all = 0u64;
+    for file in weight_files(path)? {
+        let bytes = std::fs::metadata(&file).map_err(|e| Error::io("cannot look at the weight file", &file, e))?.len();
+        for start in (0..bytes).step_by(READ_BYTES) {
+            if all < READ_MOST {
+                let length = (bytes - start).min(READ_BYTES as u64);
+                pieces.push((file.clone(), start, length as usize));
+                all += length;
+            }
+        }
+    }
+    let next = AtomicUsize::new(0);
+    let work = || -> Result<()> {
+        let mut buffer = vec![0u8; READ_BYTES];
+        loop {
+            // Pairs with nothing: each number is taken once, the list does not change.
+            let Some((file, start, length)) = pieces.get(next.fetch_add(1, Ordering::Relaxed)) else { return Ok(()) };
+            let failed = |e| Error::io("cannot read the weight file", file, e);
+            let to = buffer.get_mut(..*length).unwrap_or_default();
+            File::open(file).map_err(failed)?.read_exact_at(to, *start).map_err(failed)?;
+        }
+    };
+    let started = Instant::now();
+    std::thread::scope(|scope| {
+        let threads: Vec<_> = (0..threads.max(1)).map(|_| scope.spawn(work)).collect();
+        let ended = threads.into_iter().map(|t| t.join().map_err(|_| Error::invariant("a reading thread panicked")));
+        ended.collect::<Vec<_>>().into_iter().try_for_each(|end| end?)
+    })?;
+    Ok(all as f64 / started.elapsed().as_secs_f64().max(1e-9))
+}
+
+/// Bytes a second of copies from page-locked memory.
+fn bus_rate(gpu: &Gpu) -> Result<f64> {
+    let memory = Pinned::new(gpu.context(), COPY_BYTES)?;
+    let arena = Arena::new(gpu, COPY_BYTES)?;
+    let to = arena.reserve(COPY_BYTES)?;
+    let (begin, end) = (Event::timed(gpu.context())?, Event::timed(gpu.context())?);
+    gpu.copy().copy_in(to, &memory, 0, COPY_BYTES)?;
+    gpu.copy().record(&begin)?;
+    for _ in 0..8 {
+        gpu.copy().copy_in(to, &memory, 0, COPY_BYTES)?;
+    }
+    gpu.copy().record(&end)?;
+    end.sync()?;
+    Ok(8.0 * COPY_BYTES as f64 / (f64::from(end.since_ms(&begin)?) / 1e3))
+}
+
+/// Operations a second of the feed-forward products, which are nine tenths of a layer, on random values.
+pub(crate) fn device_product_rate(gpu: &Gpu, g: &TextGeometry, tokens: usize) -> Result<f64> {
+    let m = tokens.clamp(1, 4096);
+    let sizes = [m * g.hidden, 2 * g.intermediate * g.hidden, m * 2 * g.intermediate];
+    let arena = Arena::new(gpu, 2 * sizes.iter().sum::<usize>() + (1 << 16))?;
+    let (x, w, y) = (
+        arena.mat(Ty::Bf16, m, g.hidden)?,
+        arena.mat(Ty::Bf16, 2 * g.intermediate, g.hidden)?,
+        arena.mat(Ty::Bf16, m, 2 * g.intermediate)?,
+    );
+    gpu.fill_random(x, 1, 1.0)?;
+    gpu.fill_random(w, 2, 0.02)?;
+    let (begin, end) = (Event::timed(gpu.context())?, Event::timed(gpu.context())?);
+    gpu.gemm_nt(y, x, w, 1.0, 0.0)?;
+    gpu.compute().record(&begin)?;
+    for _ in 0..20 {
+        gpu.gemm_nt(y, x, w, 1.0, 0.0)?;
+    }
+    gpu.compute().record(&end)?;
+    end.sync()?;
+    Ok(20.0 * 2.0 * (m * g.hidden * 2 * g.intermediate) as f64 / (f64::from(end.since_ms(&begin)?) / 1e3))
+}
+
+impl Report {
+    /// Prints the report on standard output.
+    pub fn print(&self, json: bool) {
+        if json {
+            match serde_json::to_string(self) {
+                Ok(text) => println!("{text}"),
+                Err(e) => tracing::error!("the report cannot be written: {e}"),
+            }
+            return;
+        }
+        println!("device       {} (opened in {:.1} s)", self.device, self.open_seconds);
+        println!("text         {} captions, {} tokens, {} layers in {:.3} s", self.captions, self.tokens, self.layers, self.seconds);
+        println!(
+            "  phases     device at work {:.3} s, host waiting for pieces {:.3} s, threads reading {:.3} s",
+            self.compute_seconds, self.wait_seconds, self.read_seconds
+        );
+        println!(
+            "  floors     storage {:.3} s at {:.1} GB/s, bus {:.3} s at {:.1} GB/s, products {:.3} s at {:.1} TFLOP/s",
+            self.read_floor_seconds,
+            self.read_rate / 1e9,
+            self.bus_floor_seconds,
+            self.bus_rate / 1e9,
+            self.compute_floor_seconds,
+            self.product_rate / 1e12
+        );
+        println!("  ratio      {:.2}", self.ratio);
+        if let (Some(taken), Some(all)) = (self.device_bytes, self.device_bytes_in_use) {
+            println!("  memory     {} MiB beside the context, {} MiB in use on the device", taken >> 20, all >> 20);
+        }
+    }
+}
