@@ -68,6 +68,7 @@ KERNEL(rotate_halves_f32, (float* x, i64 stride, const u32* positions, const flo
 // fourth key of a tile for the scores, and a quarter of the features for the sum. Everything is float32 until the result is rounded. Keys and
 // values take turns in one shared tile; rows are padded so that four neighbours lie in different banks. HD is the least multiple that holds a head.
 #define TILE 32
+#define NONE __int_as_float(0xff800000)
 #define LANES 4
 
 template <class T, int HD>
@@ -90,7 +91,7 @@ __device__ __forceinline__ void caption_attention(T* out, i64 ostride, const T* 
     k += start * stride + (i64)(head / group) * hd;
     v += start * stride + (i64)(head / group) * hd;
     fill_tile<T, HD>(queries, q, stride, count, hd);
-    float largest = -INFINITY, sum = 0.0f, mixed[HD / LANES];
+    float largest = NONE, sum = 0.0f, mixed[HD / LANES];
 #pragma unroll
     for (int d = 0; d < HD / LANES; d++) mixed[d] = 0.0f;
     for (int begin = 0; begin < first + count; begin += TILE) {
@@ -114,7 +115,7 @@ __device__ __forceinline__ void caption_attention(T* out, i64 ostride, const T* 
 #pragma unroll
         for (int j = 0; j < TILE / LANES; j++) {
             const int key = begin + j * LANES + lane;
-            score[j] = key <= first + row && key < rows ? score[j] * scale : -INFINITY;
+            score[j] = key <= first + row && key < rows ? score[j] * scale : NONE;
             top = fmaxf(top, score[j]);
         }
         top = fmaxf(top, __shfl_xor_sync(FULL, top, 1));
@@ -169,4 +170,5 @@ extern "C" __global__ __launch_bounds__(TILE* LANES) void caption_attention_f32_
 #undef PARAMS
 #undef ARGS
 #undef TILE
+#undef NONE
 #undef LANES
