@@ -108,8 +108,8 @@ impl Gpu {
         self.elementwise("gated_stream_bf16", y, &[y, stream, h.unwrap_or(y), gate, o], &args)
     }
 
-    /// `out [m, n] = x [m, k] wᵀ`, or added to it: `w [n, k]` of either type, all else float32, so that `x` is not rounded. For few rows
-    /// (then it is as fast as `w` can be read) or a small `w`; otherwise it is far slower than [`Self::gemm_nt`].
+    /// `out [m, n] = x [m, k] wᵀ`, or added to it: `w [n, k]` of either type, all else float32, so that `x` is not rounded. For few rows:
+    /// then it is as fast as `w` can be read; for many it is far slower than [`Self::gemm_nt`].
     ///
     /// # Errors
     /// [`serenity_protocol::Error::Invariant`] if the shapes do not fit.

@@ -128,6 +128,8 @@ pub struct EntrySpace {
     pub noisy: Mat,
     /// `[B L, J]`
     pub context: Mat,
+    /// The latents' embedder in float32.
+    pub embedder: Mat,
 }
 
 impl EntrySpace {
@@ -136,7 +138,11 @@ impl EntrySpace {
     /// # Errors
     /// If there is not so much left.
     pub fn new(r: &dyn Reserve, g: &TransformerGeometry, s: &Shape) -> Result<Self> {
-        Ok(Self { noisy: r.mat(Ty::F32, s.image_rows(), g.in_channels)?, context: r.mat(s.ty, s.text_rows(), g.joint_attention_dim)? })
+        Ok(Self {
+            noisy: r.mat(Ty::F32, s.image_rows(), g.in_channels)?,
+            context: r.mat(s.ty, s.text_rows(), g.joint_attention_dim)?,
+            embedder: r.mat(Ty::F32, s.inner, g.in_channels)?,
+        })
     }
 }
 
@@ -147,6 +153,8 @@ pub struct HeadSpace {
     pub image: Pair,
     /// Normed image rows, then their gradient, float32.
     pub normed: Mat,
+    /// The projection in float32.
+    pub projection: Mat,
 }
 
 impl HeadSpace {
@@ -154,11 +162,15 @@ impl HeadSpace {
     ///
     /// # Errors
     /// If there is not so much left.
-    pub fn new(r: &dyn Reserve, s: &Shape) -> Result<Self> {
+    pub fn new(r: &dyn Reserve, g: &TransformerGeometry, s: &Shape) -> Result<Self> {
         let rows = |n: usize| r.mat(Ty::F32, n, s.inner);
         // A float32 stream beside bf16 states has its streams apart.
         let copied = |n: usize| rows(if s.ty == Ty::F32 { n } else { 0 });
-        Ok(Self { image: Pair { image: copied(s.image_rows())?, text: copied(s.text_rows())? }, normed: rows(s.image_rows())? })
+        Ok(Self {
+            image: Pair { image: copied(s.image_rows())?, text: copied(s.text_rows())? },
+            normed: rows(s.image_rows())?,
+            projection: rows(g.out_channels())?,
+        })
     }
 }
 

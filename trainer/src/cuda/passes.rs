@@ -148,7 +148,8 @@ impl CudaStep {
         let (image, text) = (self.other.linear("x_embedder")?, self.other.linear("context_embedder")?);
         let exact = s.stream.map_or(Ok(streams), |stream| Pair::halves(stream, &flight.shape))?;
         c.product(|gpu| {
-            gpu.linear_f32(exact.image, entry.noisy, image, false)?;
+            gpu.cast(entry.embedder, image)?;
+            gpu.gemm_nt(exact.image, entry.noisy, entry.embedder, 1.0, 0.0)?;
             gpu.gemm_nt(exact.text, entry.context, text, 1.0, 0.0)
         })?;
         if s.stream.is_some() {
@@ -304,7 +305,7 @@ impl CudaStep {
         let (c, s, space) = (self.flight_context(flight), &flight.shape, &flight.space);
         let (cond, weight) = (&space.conditioning, self.other.linear("proj_out")?);
         let mark = self.arena.mark();
-        let place = HeadSpace::new(&self.arena, s)?;
+        let place = HeadSpace::new(&self.arena, &self.geometry, s)?;
         let hidden = space.states.get(self.geometry.num_blocks())?;
         let joint = self.geometry.num_single_layers > 0;
         let x = match space.stream {
@@ -314,7 +315,11 @@ impl CudaStep {
         };
         let x = x.image;
         c.pass(|gpu| gpu.ln_mod(place.normed, x, cond.out_shift, cond.out_scale, s.eps))?;
-        c.product(|gpu| gpu.linear_f32(space.prediction, place.normed, weight, false))?;
+        // The few small products at both ends are float32 altogether: a rounded operand there is an error of every prediction.
+        c.product(|gpu| {
+            gpu.cast(place.projection, weight)?;
+            gpu.gemm_nt(space.prediction, place.normed, place.projection, 1.0, 0.0)
+        })?;
         let factor = 1.0 / batches.unwrap_or(1) as f64;
         c.pass(|gpu| gpu.mse(space.loss, Some(space.dprediction), space.prediction, space.target, factor, self.scratch))?;
         if batches.is_some() {

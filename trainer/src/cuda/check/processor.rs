@@ -69,7 +69,7 @@ pub(super) fn processor(options: &Options, emit: &mut dyn FnMut(Line)) -> Result
             let (_, output) = step.forward(&Sample::of(batch)?, &mut |_, _, _| Ok(()))?;
             let theirs = host(theirs).map_err(|e| tensor_error("a prediction cannot be read", e))?;
             let (largest, norm) = errors(&output, &theirs);
-            let (max_limit, norm_limit) = if ty == Ty::F32 { (1e-5, 1e-5) } else { (rounded::LARGEST, rounded::NORM) };
+            let (max_limit, norm_limit) = if ty == Ty::F32 { (1e-5, 1e-5) } else { (rounded::LARGEST, rounded::ADAPTED_NORM) };
             emit(compared(format!("{} prediction {i}: largest difference", ty.name()), largest, max_limit));
             emit(compared(format!("{} prediction {i}: norm", ty.name()), norm, norm_limit));
         }
