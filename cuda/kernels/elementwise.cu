@@ -45,7 +45,26 @@ __device__ __forceinline__ void gated(T* y, i64 ystride, const T* h, i64 hstride
     load<V>(gate + row / tokens * gstride + col, g);
     if (h) load<V>(h + row * hstride + col, a);
 #pragma unroll
-    for (int i = 0; i < V; i++) b[i] = h ? a[i] + g[i] * b[i] : g[i] * b[i];
+    for (int i = 0; i < V; i++) b[i] = h ? fmaf(g[i], b[i], a[i]) : g[i] * b[i];
+    store<V>(y + row * ystride + col, b);
+}
+
+// stream += gate o in float32, and its copy y: the sum rounded, or with h round(h + gate o), bit for bit what `gated` makes of the same h.
+template <class T, int V>
+__device__ __forceinline__ void gated_stream(T* y, i64 ystride, float* stream, i64 sstride, const T* h, i64 hstride, const float* gate, i64 gstride,
+                                             const T* o, i64 ostride, int tokens, i64 cols) {
+    AT(V)
+    float a[V], g[V], b[V], s[V];
+    load<V>(o + row * ostride + col, b);
+    load<V>(gate + row / tokens * gstride + col, g);
+    load<V>(stream + row * sstride + col, s);
+    if (h) load<V>(h + row * hstride + col, a);
+#pragma unroll
+    for (int i = 0; i < V; i++) {
+        s[i] = fmaf(g[i], b[i], s[i]);
+        b[i] = h ? fmaf(g[i], b[i], a[i]) : s[i];
+    }
+    store<V>(stream + row * sstride + col, s);
     store<V>(y + row * ystride + col, b);
 }
 
@@ -98,6 +117,14 @@ KERNEL(gated_f32, PARAMS(float), gated<float, 4> ARGS)
 KERNEL(gated_f32_1, PARAMS(float), gated<float, 1> ARGS)
 #undef PARAMS
 #undef ARGS
+#define PARAMS(T)                                                                                                                          \
+    (T * y, i64 ystride, float* stream, i64 sstride, const T* h, i64 hstride, const float* gate, i64 gstride, const T* o, i64 ostride, int tokens, \
+     i64 cols)
+#define ARGS (y, ystride, stream, sstride, h, hstride, gate, gstride, o, ostride, tokens, cols)
+KERNEL(gated_stream_bf16, PARAMS(bf16), gated_stream<bf16, 8> ARGS)
+KERNEL(gated_stream_bf16_1, PARAMS(bf16), gated_stream<bf16, 1> ARGS)
+#undef PARAMS
+#undef ARGS
 #define PARAMS(TO, TB) (TO * out, i64 ostride, const TO* a, i64 astride, const TB* b, i64 bstride, float factor, i64 cols)
 #define ARGS (out, ostride, a, astride, b, bstride, factor, cols)
 KERNEL(add_bf16_bf16, PARAMS(bf16, bf16), add<bf16, bf16, 8> ARGS)
@@ -137,12 +164,62 @@ KERNEL(sinusoid_bf16, (bf16* out, i64 stride, const float* values, const float* 
 KERNEL(sinusoid_f32, (float* out, i64 stride, const float* values, const float* frequencies, i64 channels),
        sinusoid(out, stride, values, frequencies, channels))
 
+// ---- Products of float32 rows with a weight ---------------------------------------------------------------------------------------------
+
+// out[b, n] = [out[b, n] +] sum over k of x[b, k] w[n, k]: x is not rounded to the weight's type as the tensor instructions would have it.
+// A warp has one n and up to R rows of x. How a row is summed depends neither on R nor on the other rows.
+template <class T, int V, int R>
+__device__ __forceinline__ void linear(float* out, i64 ostride, const float* x, i64 xstride, const T* w, i64 wstride, i64 rows, i64 outs, i64 cols,
+                                       int add) {
+    const int lane = threadIdx.x & 31;
+    const i64 n = (i64)blockIdx.x * (THREADS / 32) + (threadIdx.x >> 5), first = (i64)blockIdx.y * R;
+    if (n >= outs) return;
+    w += n * wstride;
+    x += first * xstride;
+    float sum[R] = {};
+#pragma unroll(R == 1 ? 4 : 1)
+    for (i64 c = lane * V; c < cols; c += 32 * V) {
+        float a[V];
+        load<V>(w + c, a);
+#pragma unroll
+        for (int r = 0; r < R; r++) {
+            if (first + r < rows) {
+                float b[V];
+                load<V>(x + r * xstride + c, b);
+#pragma unroll
+                for (int i = 0; i < V; i++) sum[r] = fmaf(a[i], b[i], sum[r]);
+            }
+        }
+    }
+#pragma unroll
+    for (int r = 0; r < R; r++) {
+#pragma unroll
+        for (int o = 16; o > 0; o >>= 1) sum[r] += __shfl_xor_sync(FULL, sum[r], o);
+        if (lane == 0 && first + r < rows) {
+            float* to = out + (first + r) * ostride + n;
+            *to = add ? *to + sum[r] : sum[r];
+        }
+    }
+}
+#define PARAMS(T) (float* out, i64 ostride, const float* x, i64 xstride, const T* w, i64 wstride, i64 rows, i64 outs, i64 cols, int add)
+#define ARGS (out, ostride, x, xstride, w, wstride, rows, outs, cols, add)
+KERNEL(linear_row_bf16, PARAMS(bf16), linear<bf16, 8, 1> ARGS)
+KERNEL(linear_row_bf16_1, PARAMS(bf16), linear<bf16, 1, 1> ARGS)
+KERNEL(linear_row_f32, PARAMS(float), linear<float, 4, 1> ARGS)
+KERNEL(linear_row_f32_1, PARAMS(float), linear<float, 1, 1> ARGS)
+KERNEL(linear_rows_bf16, PARAMS(bf16), linear<bf16, 8, 4> ARGS)
+KERNEL(linear_rows_bf16_1, PARAMS(bf16), linear<bf16, 1, 4> ARGS)
+KERNEL(linear_rows_f32, PARAMS(float), linear<float, 4, 4> ARGS)
+KERNEL(linear_rows_f32_1, PARAMS(float), linear<float, 1, 4> ARGS)
+#undef PARAMS
+#undef ARGS
+
 // ---- Loss ----------------------------------------------------------------------------------------------------------------------------
 
 // One partial sum of squared differences a block (float64), and the gradient `factor (prediction - target)` if wanted. The elements of a
 // block depend on the grid alone, which the caller fixes.
-template <class T>
-__device__ __forceinline__ void mse(double* partial, T* gradient, i64 gstride, const T* prediction, i64 pstride, const float* target, i64 tstride,
+template <class TG, class TP>
+__device__ __forceinline__ void mse(double* partial, TG* gradient, i64 gstride, const TP* prediction, i64 pstride, const float* target, i64 tstride,
                                     i64 rows, i64 cols, float factor) {
     double sum[1] = {0.0};
     for (i64 i = (i64)blockIdx.x * THREADS + threadIdx.x; i < rows * cols; i += (i64)gridDim.x * THREADS) {
@@ -154,11 +231,12 @@ __device__ __forceinline__ void mse(double* partial, T* gradient, i64 gstride, c
     block_sum(sum);
     if (threadIdx.x == 0) partial[blockIdx.x] = sum[0];
 }
-#define PARAMS(T) \
-    (double* partial, T* gradient, i64 gstride, const T* prediction, i64 pstride, const float* target, i64 tstride, i64 rows, i64 cols, float factor)
+#define PARAMS(TG, TP) \
+    (double* partial, TG* gradient, i64 gstride, const TP* prediction, i64 pstride, const float* target, i64 tstride, i64 rows, i64 cols, float factor)
 #define ARGS (partial, gradient, gstride, prediction, pstride, target, tstride, rows, cols, factor)
-KERNEL(mse_bf16, PARAMS(bf16), mse ARGS)
-KERNEL(mse_f32, PARAMS(float), mse ARGS)
+KERNEL(mse_bf16_bf16, PARAMS(bf16, bf16), mse ARGS)
+KERNEL(mse_bf16_f32, PARAMS(bf16, float), mse ARGS)
+KERNEL(mse_f32_f32, PARAMS(float, float), mse ARGS)
 #undef PARAMS
 #undef ARGS
 

@@ -95,9 +95,23 @@ pub fn compute(kind: Kind, weights: &TransformerSource, case: &Case, grid: Optio
     let model = Flux2::new(weights.geometry().clone(), other);
     let read = Box::new(|name: &str, shape: &[usize]| weights.tensor_f32(name, shape));
     let mut source = CheckpointSource::new(model.geometry.clone(), device, DType::F32, read);
+    compute_with(kind, &model, &mut source, case, grid)
+}
+
+/// The computation on the CPU with weights of the caller's choice.
+///
+/// # Errors
+/// As [`run`].
+pub(crate) fn compute_with(
+    kind: Kind,
+    model: &Flux2,
+    source: &mut CheckpointSource<'_>,
+    case: &Case,
+    grid: Option<(usize, usize)>,
+) -> Result<Computed> {
     match kind {
-        Kind::Forward => Ok(Computed { outputs: forward(&model, &mut source, case)?, adapters: None }),
-        Kind::LoraStep => lora_step(&model, &mut source, case, grid),
+        Kind::Forward => Ok(Computed { outputs: forward(model, source, case)?, adapters: None }),
+        Kind::LoraStep => lora_step(model, source, case, grid),
     }
 }
 

@@ -4,6 +4,7 @@ use half::bf16;
 use serenity_protocol::{Error, Result};
 
 use super::{Check, Expected, Work, limit};
+use crate::gpu::Gpu;
 use crate::mat::{Mat, Ty};
 
 fn sigmoid(x: f64) -> f64 {
@@ -69,6 +70,9 @@ pub fn gate(check: &mut Check<'_>) -> Result<()> {
             gate_case(check, ty, [samples, tokens, cols, stride])?;
             check.arena.reset(mark)?;
         }
+        let mark = check.arena.mark();
+        stream_case(check, [samples, tokens, cols, stride])?;
+        check.arena.reset(mark)?;
     }
     Ok(())
 }
@@ -92,6 +96,91 @@ fn gate_case(check: &mut Check<'_>, ty: Ty, [samples, tokens, cols, stride]: [us
     check.case_after(format!("in place {shape}"), limit(ty), &expected(&forward), Work::None, &prepare, &|gpu| {
         gpu.gated_residual(y, y, gate, o)
     })
+}
+
+/// `gated_stream`: the float32 stream and its copy; and with a residual the very bytes of `gated_residual`.
+fn stream_case(check: &mut Check<'_>, [samples, tokens, cols, stride]: [usize; 4]) -> Result<()> {
+    let rows = samples * tokens;
+    let (h, hs) = check.mat(Ty::Bf16, rows, cols, stride, &Check::random(1, rows * cols))?;
+    let (o, os) = check.mat(Ty::Bf16, rows, cols, stride, &Check::random(2, rows * cols))?;
+    let (modulation, ms) = check.random_mat(3, Ty::F32, samples, 3 * cols)?;
+    let (before, bs) = check.mat(Ty::F32, rows, cols, stride, &Check::random(4, rows * cols))?;
+    let gate = modulation.columns(2 * cols, cols)?;
+    let gated: Vec<f64> = os
+        .iter()
+        .enumerate()
+        .map(|(i, o)| ms.get(i / cols / tokens * 3 * cols + 2 * cols + i % cols).copied().unwrap_or(f64::NAN) * o)
+        .collect();
+    let sum = |from: &[f64]| -> Vec<f64> { from.iter().zip(&gated).map(|(a, g)| a + g).collect() };
+    let (y, stream) = (check.poisoned(Ty::Bf16, rows, cols, stride)?, check.poisoned(Ty::F32, rows, cols, stride)?);
+    let shape = format!("{samples} x {tokens} x {cols} ({stride})");
+    let prepare = |check: &Check<'_>| check.gpu.cast(stream, before);
+    for (name, residual, copy, passes) in [("rounded", None, sum(&bs), 6), ("copy of h", Some(h), sum(&hs), 7)] {
+        let run = |gpu: &Gpu| gpu.gated_stream(y, stream, residual, gate, o);
+        let work = if rows >= 500 { Work::Bytes((passes * rows * cols * 2) as f64) } else { Work::None };
+        let stream = [Expected { mat: stream, values: sum(&bs) }];
+        check.case_after(format!("stream, {name} {shape}"), limit(Ty::F32), &stream, work, &prepare, &run)?;
+        let y = [Expected { mat: y, values: copy }];
+        check.case_after(format!("stream's copy, {name} {shape}"), limit(Ty::Bf16), &y, Work::None, &prepare, &run)?;
+    }
+    let plain = check.poisoned(Ty::Bf16, rows, cols, stride)?;
+    check.gpu.gated_residual(plain, h, gate, o)?;
+    let same = check.read(plain)? == check.read(y)?;
+    check.holds(format!("stream, copy of h: as without a stream {shape}"), same);
+    Ok(())
+}
+
+/// `linear_f32`: float32 rows with a weight of either type, few rows and many, written and added.
+pub fn linear(check: &mut Check<'_>) -> Result<()> {
+    let small = [(1, 5, 8, 8), (3, 33, 100, 104), (2, 17, 77, 77), (9, 64, 256, 256)];
+    let large = [(1, 36_864, 6144, 6144), (2, 36_864, 6144, 6144), (8, 36_864, 6144, 6144), (1, 6144, 15_360, 15_360)];
+    for (rows, outs, cols, stride) in small.into_iter().chain(large) {
+        for ty in [Ty::Bf16, Ty::F32] {
+            let mark = check.arena.mark();
+            linear_case(check, ty, [rows, outs, cols, stride])?;
+            check.arena.reset(mark)?;
+        }
+    }
+    Ok(())
+}
+
+fn linear_case(check: &mut Check<'_>, ty: Ty, [rows, outs, cols, stride]: [usize; 4]) -> Result<()> {
+    let (x, xs) = check.mat(Ty::F32, rows, cols, stride, &Check::random(1, rows * cols))?;
+    let w = check.poisoned(ty, outs, cols, stride)?;
+    check.gpu.fill_random(w, 2, 1.0)?;
+    let out = check.poisoned(Ty::F32, rows, outs, outs)?;
+    // Of a large product some columns are computed: the processor would take minutes for all.
+    let step = (rows * outs * cols / 20_000_000).max(1);
+    let mut sums = Vec::new();
+    for column in (0..outs).step_by(step) {
+        let row: Vec<f64> = check.read(w.rows(column, 1)?)?.into_iter().map(f64::from).collect();
+        let dot = |x: &[f64]| x.iter().zip(&row).map(|(a, b)| a * b).sum::<f64>();
+        sums.push((column, xs.chunks_exact(cols).map(dot).collect::<Vec<f64>>()));
+    }
+    let shape = format!("{} {rows} x {outs} x {cols} ({stride})", ty.name());
+    let work = if step == 1 { Work::None } else { Work::Bytes((outs * cols * ty.bytes()) as f64) };
+    let value = |row: usize, (_, sums): &(usize, Vec<f64>)| sums.get(row).copied().unwrap_or(f64::NAN);
+    let values = (0..rows).flat_map(|row| sums.iter().map(move |column| value(row, column))).collect();
+    let whole = if step == 1 { vec![Expected { mat: out, values }] } else { Vec::new() };
+    check.case(format!("written {shape}"), limit(Ty::F32), &whole, work, &|gpu| gpu.linear_f32(out, x, w, false))?;
+    let first = near(check, out, 1.0, &sums)?;
+    check.holds(format!("values {shape}"), first);
+    let bytes = check.read(out)?;
+    check.gpu.linear_f32(out, x, w, false)?;
+    check.holds(format!("again the same {shape}"), check.read(out)? == bytes);
+    check.gpu.linear_f32(out, x, w, true)?;
+    let added = near(check, out, 2.0, &sums)?;
+    check.holds(format!("added {shape}"), added);
+    Ok(())
+}
+
+/// Whether columns of `out` are `factor` times what is expected, as far as float32 goes.
+fn near(check: &Check<'_>, out: Mat, factor: f64, columns: &[(usize, Vec<f64>)]) -> Result<bool> {
+    let found = check.read(out)?;
+    let all = || columns.iter().flat_map(|(_, c)| c.iter().map(|v| v * factor));
+    let scale = (all().map(|v| v * v).sum::<f64>() / all().count().max(1) as f64).sqrt();
+    let ours = columns.iter().flat_map(|(i, _)| found.chunks_exact(out.cols).map(|row| row.get(*i).copied().map_or(f64::NAN, f64::from)));
+    Ok(ours.zip(all()).all(|(a, b)| (a - b).abs() <= limit(Ty::F32) * b.abs().max(scale)))
 }
 
 /// `add`, `axpy`, `cast` between all types; the count of bad values.

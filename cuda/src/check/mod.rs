@@ -48,6 +48,7 @@ pub fn sections() -> Vec<Section> {
         ("swiglu", elementwise::swiglu),
         ("gate", elementwise::gate),
         ("sums", elementwise::sums),
+        ("linear", elementwise::linear),
         ("time", elementwise::time),
         ("loss", training::loss),
         ("optimizer", training::optimizer),

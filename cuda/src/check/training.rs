@@ -12,16 +12,16 @@ use crate::ops::optimizer::{AdamW, Trained};
 /// `mse`: the loss in float64 and the gradient.
 pub fn loss(check: &mut Check<'_>) -> Result<()> {
     for (rows, cols, stride) in [(1, 1, 1), (3, 100, 104), (1024, 128, 128), (4096, 128, 128)] {
-        for ty in [Ty::Bf16, Ty::F32] {
+        for (ty, from) in [(Ty::Bf16, Ty::Bf16), (Ty::Bf16, Ty::F32), (Ty::F32, Ty::F32)] {
             let mark = check.arena.mark();
-            let (prediction, ps) = check.mat(ty, rows, cols, stride, &Check::random(1, rows * cols))?;
+            let (prediction, ps) = check.mat(from, rows, cols, stride, &Check::random(1, rows * cols))?;
             let (target, ts) = check.mat(Ty::F32, rows, cols, stride, &Check::random(2, rows * cols))?;
             let gradient = check.poisoned(ty, rows, cols, stride)?;
             let (loss, scratch) = (check.arena.reserve(8)?, check.arena.reserve(8 * MSE_PARTIALS)?);
             let count = (rows * cols) as f64;
             let values = ps.iter().zip(&ts).map(|(p, t)| 2.0 * 0.25 / count * (p - t)).collect();
             let expected: f64 = ps.iter().zip(&ts).map(|(p, t)| (p - t) * (p - t)).sum::<f64>() / count;
-            let name = format!("{} {rows} x {cols} ({stride})", ty.name());
+            let name = format!("{} of {} {rows} x {cols} ({stride})", ty.name(), from.name());
             check.case(name.as_str(), limit(ty), &[Expected { mat: gradient, values }], Work::None, &|gpu| {
                 gpu.mse(loss, Some(gradient), prediction, target, 0.25, scratch)
             })?;

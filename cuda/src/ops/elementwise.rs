@@ -6,10 +6,13 @@ use serenity_protocol::Result;
 use super::{BLOCK, THREADS, check_modulation, grid, int, variant};
 use crate::driver::{Arg, Pinned, Ptr, Stream};
 use crate::gpu::Gpu;
-use crate::mat::Mat;
+use crate::mat::{Mat, Ty};
 
 /// Thread blocks of a fetch: enough bytes under way for any bus, few enough to disturb nobody.
 const FETCH_BLOCKS: usize = 16;
+
+/// Rows that a warp of [`Gpu::linear_f32`] takes at once.
+const LINEAR_ROWS: usize = 4;
 
 /// Pointer and stride of a view, as kernels take them.
 fn view(mat: Mat) -> [Arg; 2] {
@@ -82,6 +85,47 @@ impl Gpu {
         args.extend(view(o));
         args.extend_from_slice(&[int(tokens)?.into(), y.cols.into()]);
         self.elementwise(&format!("gated_{}", y.ty.name()), y, &[y, h.unwrap_or(y), gate, o], &args)
+    }
+
+    /// `stream += gate o` in float32, and its bf16 copy `y`: the sum rounded, or with `h` the sum of that and `gate o`, the same bytes as
+    /// [`Self::gated_residual`] of `h`. `y` may be `h` or `o`.
+    ///
+    /// # Errors
+    /// [`serenity_protocol::Error::Invariant`] if the shapes do not fit.
+    pub fn gated_stream(&self, y: Mat, stream: Mat, h: Option<Mat>, gate: Mat, o: Mat) -> Result<()> {
+        for (what, mat) in [("a copy of the stream", y), ("a gated output", o), ("a residual", h.unwrap_or(y))] {
+            mat.expect_shape(what, Ty::Bf16, y.rows, y.cols)?;
+        }
+        stream.expect_shape("a residual stream", Ty::F32, y.rows, y.cols)?;
+        if y.is_empty() {
+            return Ok(());
+        }
+        let tokens = check_modulation("a gate", gate, y)?;
+        let mut args: Vec<Arg> = [y, stream].into_iter().flat_map(view).collect();
+        args.extend_from_slice(&[h.map_or(Ptr::NULL, |h| h.ptr).into(), h.map_or(0, |h| h.stride).into()]);
+        args.extend([gate, o].into_iter().flat_map(view));
+        args.extend_from_slice(&[int(tokens)?.into(), y.cols.into()]);
+        self.elementwise("gated_stream_bf16", y, &[y, stream, h.unwrap_or(y), gate, o], &args)
+    }
+
+    /// `out [m, n] = x [m, k] wᵀ`, or added to it: `w [n, k]` of either type, all else float32, so that `x` is not rounded. For few rows:
+    /// then it is as fast as `w` can be read; for many it is far slower than [`Self::gemm_nt`].
+    ///
+    /// # Errors
+    /// [`serenity_protocol::Error::Invariant`] if the shapes do not fit.
+    pub fn linear_f32(&self, out: Mat, x: Mat, w: Mat, add: bool) -> Result<()> {
+        w.expect_shape("a weight", w.ty, out.cols, x.cols)?;
+        x.expect_shape("rows to be multiplied", Ty::F32, out.rows, x.cols)?;
+        out.expect_shape("a product in float32", Ty::F32, out.rows, out.cols)?;
+        if out.is_empty() {
+            return Ok(());
+        }
+        let (name, at_once) = if out.rows == 1 { ("row", 1) } else { ("rows", LINEAR_ROWS) };
+        let (name, _) = variant(&format!("linear_{name}_{}", w.ty.name()), &[x, w]);
+        let mut args: Vec<Arg> = [out, x, w].into_iter().flat_map(view).collect();
+        args.extend_from_slice(&[out.rows.into(), out.cols.into(), x.cols.into(), i32::from(add).into()]);
+        let warps = (THREADS / 32) as usize;
+        self.launch(&name, grid(out.cols.div_ceil(warps), out.rows.div_ceil(at_once), 1)?, BLOCK, 0, &args)
     }
 
     /// `out = a + factor b`, `out` and `a` of one type, `b` of any; `out` may be `a` or `b`.

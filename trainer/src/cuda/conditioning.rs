@@ -147,7 +147,7 @@ impl StreamModulation {
 /// Everything that a block needs besides weights and hidden states.
 #[derive(Debug, Clone, Copy)]
 pub struct Conditioning {
-    /// Embedding of time and guidance, `[B, D]`.
+    /// Embedding of time and guidance, `[B, D]` float32.
     pub temb: Mat,
     /// Image stream of the double blocks.
     pub image: StreamModulation,
@@ -183,14 +183,14 @@ impl Conditioning {
         let (b, d) = (s.samples, s.inner);
         let set = |count: usize| r.mat(Ty::F32, b, count * d);
         let space = Space {
-            wave: r.mat(s.ty, b, g.timestep_guidance_channels)?,
-            hidden: r.mat(s.ty, b, d)?,
+            wave: r.mat(Ty::F32, b, g.timestep_guidance_channels)?,
+            hidden: r.mat(Ty::F32, b, d)?,
             sets: [set(6)?, set(6)?, set(3)?, set(2)?],
         };
         let [image, text, single, out] = space.sets;
         let table = || r.mat(Ty::F32, s.tokens(), s.head_dim / 2);
         Ok(Self {
-            temb: r.mat(s.ty, b, d)?,
+            temb: r.mat(Ty::F32, b, d)?,
             image: StreamModulation::of(image, d)?,
             text: StreamModulation::of(text, d)?,
             single: Modulation::of(single, 0, d)?,
@@ -203,7 +203,8 @@ impl Conditioning {
         })
     }
 
-    /// Computes it. `timestep` and `guidance` have one value a sample; `cos` and `sin` are those of the joint sequence.
+    /// Computes it, in float32 whatever the activations are: it is used by every block, and its few rows cost no more than reading the weights.
+    /// `timestep` and `guidance` have one value a sample; `cos` and `sin` are those of the joint sequence.
     ///
     /// # Errors
     /// The engine's.
@@ -225,7 +226,7 @@ impl Conditioning {
         c.pass(|gpu| gpu.silu(self.space.hidden, self.temb))?;
         for (name, set) in names.into_iter().zip(self.space.sets) {
             let weight = other.linear(&format!("{name}.linear"))?;
-            c.product(|gpu| gpu.gemm_nt(set, self.space.hidden, weight, 1.0, 0.0))?;
+            c.product(|gpu| gpu.linear_f32(set, self.space.hidden, weight, false))?;
         }
         Ok(())
     }
@@ -234,12 +235,12 @@ impl Conditioning {
         // On the host: the waves' last bit counts, and they are few.
         let waves = sinusoid(values, g.timestep_guidance_channels, &Device::Cpu).map_err(|e| tensor_error("cannot embed the time", e))?;
         let Space { wave, hidden, .. } = self.space;
-        c.gpu.upload(wave.ptr, &bytes_of(&waves, wave.ty)?)?;
+        c.gpu.upload(wave.ptr, &bytes_of(&waves, Ty::F32)?)?;
         let linear = |part: &str| other.linear(&format!("time_guidance_embed.{name}.{part}"));
         let (first, second) = (linear("linear_1")?, linear("linear_2")?);
-        c.product(|gpu| gpu.gemm_nt(hidden, wave, first, 1.0, 0.0))?;
+        c.product(|gpu| gpu.linear_f32(hidden, wave, first, false))?;
         c.pass(|gpu| gpu.silu(hidden, hidden))?;
-        c.product(|gpu| gpu.gemm_nt(self.temb, hidden, second, 1.0, if add { 1.0 } else { 0.0 }))
+        c.product(|gpu| gpu.linear_f32(self.temb, hidden, second, add))
     }
 }
 

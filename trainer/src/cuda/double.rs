@@ -269,21 +269,45 @@ impl Stream {
         c.pass(|gpu| gpu.qk_norm_rope(joint(&w.heads, s), p, &self.norm(s, cond, first_token)))
     }
 
-    /// `middle = x + gate to_out(attended)`.
-    fn after_attention(&self, c: &Context<'_>, w: &Space, m: &StreamModulation, middle: Mat, x: Mat, attended: Mat) -> Result<()> {
+    /// `middle = x + gate to_out(attended)`, the same bytes whether or not the gated output is added to a residual stream as well.
+    #[allow(clippy::too_many_arguments)] // one stream of a visit
+    fn after_attention(
+        &self,
+        c: &Context<'_>,
+        w: &Space,
+        m: &StreamModulation,
+        (middle, stream): (Mat, Option<Mat>),
+        x: Mat,
+        attended: Mat,
+    ) -> Result<()> {
         let one = w.one.rows(x.rows)?;
         self.out.forward(c, one.out, attended, one.low)?;
-        c.pass(|gpu| gpu.gated_residual(middle, x, m.attention.gate, one.out))
+        c.pass(|gpu| match stream {
+            Some(stream) => gpu.gated_stream(middle, stream, Some(x), m.attention.gate, one.out),
+            None => gpu.gated_residual(middle, x, m.attention.gate, one.out),
+        })
     }
 
     #[allow(clippy::too_many_arguments)] // one stream of a visit
-    fn feed_forward(&self, c: &Context<'_>, s: &Shape, w: &Space, m: &StreamModulation, y: Mat, x: Mat, up: Mat) -> Result<()> {
+    fn feed_forward(
+        &self,
+        c: &Context<'_>,
+        s: &Shape,
+        w: &Space,
+        m: &StreamModulation,
+        (y, stream): (Mat, Option<Mat>),
+        x: Mat,
+        up: Mat,
+    ) -> Result<()> {
         let (one, m) = (w.one.rows(x.rows)?, &m.mlp);
         c.pass(|gpu| gpu.ln_mod(one.normed, x, m.shift, m.scale, s.eps))?;
         self.ff_in.forward(c, up, one.normed, one.low)?;
         c.pass(|gpu| gpu.swiglu(one.hidden, up.columns(0, s.mlp)?, up.columns(s.mlp, s.mlp)?))?;
         self.ff_out.forward(c, one.out, one.hidden, one.low)?;
-        c.pass(|gpu| gpu.gated_residual(y, x, m.gate, one.out))
+        c.pass(|gpu| match stream {
+            Some(stream) => gpu.gated_stream(y, stream, None, m.gate, one.out),
+            None => gpu.gated_residual(y, x, m.gate, one.out),
+        })
     }
 
     /// Backward of [`Self::feed_forward`]: `dx` becomes the gradient of `x` if it is needed.
@@ -373,25 +397,35 @@ impl Stream {
 }
 
 impl Weights {
-    /// Up to the streams after attention; returns the streams of the attention's output.
-    fn up_to_middle(&self, c: &Context<'_>, s: &Shape, w: &Space, cond: &Conditioning, x: Pair) -> Result<Pair> {
+    /// Up to the streams after attention; returns the streams of the attention's output. In the forward pass the residual `stream` follows.
+    fn up_to_middle(&self, c: &Context<'_>, s: &Shape, w: &Space, cond: &Conditioning, x: Pair, stream: Option<Pair>) -> Result<Pair> {
         self.text.project(c, s, w, (cond, &cond.text), (w.normed.text, w.packed.text), x.text, 0)?;
         self.image.project(c, s, w, (cond, &cond.image), (w.normed.image, w.packed.image), x.image, s.text)?;
         attention::forward(c, w.attended, &w.heads, &w.kept)?;
         let attended = split(c, s, w.attended, w.attended_split)?;
-        self.image.after_attention(c, w, &cond.image, w.middle.image, x.image, attended.image)?;
-        self.text.after_attention(c, w, &cond.text, w.middle.text, x.text, attended.text)?;
+        let (image, text) = ((w.middle.image, stream.map(|p| p.image)), (w.middle.text, stream.map(|p| p.text)));
+        self.image.after_attention(c, w, &cond.image, image, x.image, attended.image)?;
+        self.text.after_attention(c, w, &cond.text, text, x.text, attended.text)?;
         Ok(attended)
     }
 
-    /// The streams `y` after the block from those before it.
+    /// The streams `y` after the block from those before it; with a residual stream, the block's outputs are added to that and `y` is its rounding.
     ///
     /// # Errors
     /// The engine's.
-    pub fn forward(&self, c: &Context<'_>, s: &Shape, w: &Space, cond: &Conditioning, y: Pair, x: Pair) -> Result<()> {
-        self.up_to_middle(c, s, w, cond, x)?;
-        self.image.feed_forward(c, s, w, &cond.image, y.image, w.middle.image, w.up.image)?;
-        self.text.feed_forward(c, s, w, &cond.text, y.text, w.middle.text, w.up.text)
+    pub fn forward(
+        &self,
+        c: &Context<'_>,
+        s: &Shape,
+        w: &Space,
+        cond: &Conditioning,
+        (y, stream): (Pair, Option<Pair>),
+        x: Pair,
+    ) -> Result<()> {
+        self.up_to_middle(c, s, w, cond, x, stream)?;
+        let (image, text) = ((y.image, stream.map(|p| p.image)), (y.text, stream.map(|p| p.text)));
+        self.image.feed_forward(c, s, w, &cond.image, image, w.middle.image, w.up.image)?;
+        self.text.feed_forward(c, s, w, &cond.text, text, w.middle.text, w.up.text)
     }
 
     /// Adds the adapters' gradients, and turns `dy` into the gradients of the streams before the block if they are needed.
@@ -403,7 +437,7 @@ impl Weights {
         let need_input = how.need_input;
         let need_qkv = need_input || self.image.qkv_adapted() || self.text.qkv_adapted();
         let need_middle = need_qkv || self.image.out.adapted() || self.text.out.adapted();
-        let attended = if how.kept() { split(c, s, w.attended, w.attended_split)? } else { self.up_to_middle(c, s, w, cond, x)? };
+        let attended = if how.kept() { split(c, s, w.attended, w.attended_split)? } else { self.up_to_middle(c, s, w, cond, x, None)? };
         let middle = Back { need_input: need_middle, ..how };
         let image = ((w.dmiddle.image, dy.image), (w.middle.image, w.up.image));
         self.image.feed_forward_backward(c, s, w, &cond.image, image.0, image.1, middle)?;

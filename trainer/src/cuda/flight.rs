@@ -83,13 +83,15 @@ pub struct FlightSpace {
     pub conditioning: Conditioning,
     /// Inputs of the blocks and the output of the last. Streams lie in each as all text rows, then all image rows.
     pub states: States,
-    /// Of the state that the backward pass has come to.
+    /// With bf16 states: the residual stream itself, float32, all text rows, then all image rows in every block. States are rounded from it.
+    pub stream: Option<Mat>,
+    /// Of the state that the backward pass has come to. Lies in the stream's memory, which nobody reads any more by then.
     pub gradient: Mat,
     /// Only with several samples: a place to bring streams into joint order or back.
     pub reorder: Option<Mat>,
     /// What the prediction is compared with, float32.
     pub target: Mat,
-    /// Of the last projection.
+    /// Of the last projection, float32.
     pub prediction: Mat,
     /// Its gradient.
     pub dprediction: Mat,
@@ -104,13 +106,15 @@ impl FlightSpace {
     /// If there is not so much left.
     pub fn new(r: &dyn Reserve, g: &TransformerGeometry, s: &Shape, turns: Turns) -> Result<Self> {
         let hidden = || r.mat(s.ty, s.rows(), s.inner);
+        let stream = if s.ty == Ty::Bf16 { Some(r.mat(Ty::F32, s.rows(), s.inner)?) } else { None };
         Ok(Self {
             conditioning: Conditioning::new(r, g, s)?,
             states: States::new(r, s, g.num_blocks() + 1, turns)?,
-            gradient: hidden()?,
+            stream,
+            gradient: stream.map_or_else(hidden, |stream| Ok(Mat::new(stream.ptr, s.ty, s.rows(), s.inner)))?,
             reorder: if s.samples > 1 { Some(hidden()?) } else { None },
             target: r.mat(Ty::F32, s.image_rows(), g.out_channels())?,
-            prediction: r.mat(s.ty, s.image_rows(), g.out_channels())?,
+            prediction: r.mat(Ty::F32, s.image_rows(), g.out_channels())?,
             dprediction: r.mat(s.ty, s.image_rows(), g.out_channels())?,
             loss: r.bytes(8)?,
         })
@@ -120,10 +124,12 @@ impl FlightSpace {
 /// What a micro-batch brings, until it is embedded.
 #[derive(Debug, Clone, Copy)]
 pub struct EntrySpace {
-    /// `[B S, C]`
+    /// `[B S, C]` float32.
     pub noisy: Mat,
     /// `[B L, J]`
     pub context: Mat,
+    /// The latents' embedder in float32.
+    pub embedder: Mat,
 }
 
 impl EntrySpace {
@@ -132,7 +138,11 @@ impl EntrySpace {
     /// # Errors
     /// If there is not so much left.
     pub fn new(r: &dyn Reserve, g: &TransformerGeometry, s: &Shape) -> Result<Self> {
-        Ok(Self { noisy: r.mat(s.ty, s.image_rows(), g.in_channels)?, context: r.mat(s.ty, s.text_rows(), g.joint_attention_dim)? })
+        Ok(Self {
+            noisy: r.mat(Ty::F32, s.image_rows(), g.in_channels)?,
+            context: r.mat(s.ty, s.text_rows(), g.joint_attention_dim)?,
+            embedder: r.mat(Ty::F32, s.inner, g.in_channels)?,
+        })
     }
 }
 
@@ -141,8 +151,10 @@ impl EntrySpace {
 pub struct HeadSpace {
     /// The streams of the last state, where they must be copied.
     pub image: Pair,
-    /// Normed image rows, then their gradient.
+    /// Normed image rows, then their gradient, float32.
     pub normed: Mat,
+    /// The projection in float32.
+    pub projection: Mat,
 }
 
 impl HeadSpace {
@@ -150,9 +162,15 @@ impl HeadSpace {
     ///
     /// # Errors
     /// If there is not so much left.
-    pub fn new(r: &dyn Reserve, s: &Shape) -> Result<Self> {
-        let rows = |n: usize| r.mat(s.ty, n, s.inner);
-        Ok(Self { image: Pair { image: rows(s.image_rows())?, text: rows(s.text_rows())? }, normed: rows(s.image_rows())? })
+    pub fn new(r: &dyn Reserve, g: &TransformerGeometry, s: &Shape) -> Result<Self> {
+        let rows = |n: usize| r.mat(Ty::F32, n, s.inner);
+        // A float32 stream beside bf16 states has its streams apart.
+        let copied = |n: usize| rows(if s.ty == Ty::F32 { n } else { 0 });
+        Ok(Self {
+            image: Pair { image: copied(s.image_rows())?, text: copied(s.text_rows())? },
+            normed: rows(s.image_rows())?,
+            projection: rows(g.out_channels())?,
+        })
     }
 }
 

@@ -10,7 +10,7 @@ use std::time::Duration;
 
 use candle_core::Device;
 use serenity_cuda::arena::ALIGNMENT;
-use serenity_cuda::{Event, Gpu, Mat, Ty};
+use serenity_cuda::{Event, Mat, Ty};
 use serenity_protocol::geometry::BlockId;
 use serenity_protocol::{Error, Result};
 
@@ -147,7 +147,7 @@ impl CudaStep {
         let guidance = sample.guidance.as_deref();
         s.conditioning.fill(&c, g, &self.other, (&sample.timestep, guidance), (rope.cos(), rope.sin()))?;
         let entry = EntrySpace::new(&self.arena, g, &flight.shape)?;
-        self.gpu.upload(entry.noisy.ptr, &bytes_of(sample.noisy, self.ty)?)?;
+        self.gpu.upload(entry.noisy.ptr, &bytes_of(sample.noisy, Ty::F32)?)?;
         self.gpu.upload(entry.context.ptr, &bytes_of(sample.context, self.ty)?)?;
         if let Some(target) = sample.target {
             self.gpu.upload(s.target.ptr, &bytes_of(target, Ty::F32)?)?;
@@ -160,10 +160,18 @@ impl CudaStep {
             None => Pair::halves(hidden, &flight.shape)?,
         };
         let (image, text) = (self.other.linear("x_embedder")?, self.other.linear("context_embedder")?);
+        let exact = s.stream.map_or(Ok(streams), |stream| Pair::halves(stream, &flight.shape))?;
         c.product(|gpu| {
-            gpu.gemm_nt(streams.image, entry.noisy, image, 1.0, 0.0)?;
-            gpu.gemm_nt(streams.text, entry.context, text, 1.0, 0.0)
+            gpu.cast(entry.embedder, image)?;
+            gpu.gemm_nt(exact.image, entry.noisy, entry.embedder, 1.0, 0.0)?;
+            gpu.gemm_nt(exact.text, entry.context, text, 1.0, 0.0)
         })?;
+        if s.stream.is_some() {
+            c.pass(|gpu| {
+                gpu.cast(streams.image, exact.image)?;
+                gpu.cast(streams.text, exact.text)
+            })?;
+        }
         if joint {
             merge(&c, &flight.shape, hidden, streams)?;
         }
@@ -267,7 +275,8 @@ impl CudaStep {
             // Single blocks want joint order.
             let place = flight.space.reorder.filter(|_| last);
             let out = Pair::halves(place.unwrap_or(y), s)?;
-            self.double(block, weights)?.forward(&c, s, &space, cond, out, Pair::halves(x, s)?)?;
+            let stream = flight.space.stream.map(|stream| Pair::halves(stream, s)).transpose()?;
+            self.double(block, weights)?.forward(&c, s, &space, cond, (out, stream), Pair::halves(x, s)?)?;
             if place.is_some() {
                 merge(&c, s, y, out)?;
             }
@@ -278,7 +287,7 @@ impl CudaStep {
             if let Some((_, traffic, number)) = parcel {
                 self.parcels.before_write(&self.gpu, traffic, number)?;
             }
-            weights.forward(&c, s, &space, cond, y, x)?;
+            weights.forward(&c, s, &space, cond, (y, flight.space.stream), x)?;
             if let Some((parcel, traffic, number)) = parcel {
                 weights.pack(&c, s, &space, parcel)?;
                 self.parcels.written(&self.gpu, traffic, number, &parcel.mats())?;
@@ -340,28 +349,32 @@ impl CudaStep {
         let (c, s, space) = (self.flight_context(flight), &flight.shape, &flight.space);
         let (cond, weight) = (&space.conditioning, self.other.linear("proj_out")?);
         let mark = self.arena.mark();
-        let place = HeadSpace::new(&self.arena, s)?;
+        let place = HeadSpace::new(&self.arena, &self.geometry, s)?;
         let hidden = space.states.get(self.geometry.num_blocks())?;
         let joint = self.geometry.num_single_layers > 0;
-        let x = if joint { split(&c, s, hidden, place.image)? } else { Pair::halves(hidden, s)? }.image;
+        let x = match space.stream {
+            Some(stream) => Pair::halves(stream, s)?,
+            None if joint => split(&c, s, hidden, place.image)?,
+            None => Pair::halves(hidden, s)?,
+        };
+        let x = x.image;
         c.pass(|gpu| gpu.ln_mod(place.normed, x, cond.out_shift, cond.out_scale, s.eps))?;
-        c.product(|gpu| gpu.gemm_nt(space.prediction, place.normed, weight, 1.0, 0.0))?;
+        // The few small products at both ends are float32 altogether: a rounded operand there is an error of every prediction.
+        c.product(|gpu| {
+            gpu.cast(place.projection, weight)?;
+            gpu.gemm_nt(space.prediction, place.normed, place.projection, 1.0, 0.0)
+        })?;
         let factor = 1.0 / batches.unwrap_or(1) as f64;
         c.pass(|gpu| gpu.mse(space.loss, Some(space.dprediction), space.prediction, space.target, factor, self.scratch))?;
         if batches.is_some() {
             c.product(|gpu| gpu.gemm_nn(place.normed, space.dprediction, weight, 1.0, 0.0))?;
-            // The text tokens' outputs are cut off: no gradient comes from there.
+            c.pass(|gpu| gpu.ln_mod_bwd(place.normed, None, place.normed, x, cond.out_scale, s.eps))?;
+            // The stream has been read for the last time. The text tokens' outputs are cut off: no gradient comes from there.
             c.pass(|gpu| gpu.zero(space.gradient.ptr, space.gradient.span()))?;
-            let streams = Pair { text: Pair::halves(space.gradient, s)?.text, image: place.normed };
-            let dx = |gpu: &Gpu, to: Mat| gpu.ln_mod_bwd(to, None, place.normed, x, cond.out_scale, s.eps);
-            if s.samples == 1 || !joint {
-                c.pass(|gpu| dx(gpu, Pair::halves(space.gradient, s)?.image))?;
-            } else {
-                c.pass(|gpu| dx(gpu, place.normed))?;
-                for sample in 0..s.samples {
-                    let rows = space.gradient.rows(sample * s.tokens() + s.text, s.image)?;
-                    c.pass(|gpu| gpu.cast(rows, streams.image.rows(sample * s.image, s.image)?))?;
-                }
+            for sample in 0..s.samples {
+                let first = if joint { sample * s.tokens() + s.text } else { s.text_rows() + sample * s.image };
+                let rows = space.gradient.rows(first, s.image)?;
+                c.pass(|gpu| gpu.cast(rows, place.normed.rows(sample * s.image, s.image)?))?;
             }
         }
         self.arena.reset(mark)

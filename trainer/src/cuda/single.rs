@@ -148,6 +148,22 @@ pub(super) fn joint(heads: &Heads, s: &Shape) -> JointHeads {
     JointHeads { q: heads.q.ptr, k: heads.k.ptr, v: heads.v.ptr, strides: HeadStrides::token_major(s.tokens(), s.heads, s.head_dim) }
 }
 
+/// `stream += gate out`, `y` its rounding. The stream lies as all text rows, then all image rows; `y` and `out` in joint order.
+fn add_to_stream(c: &Context<'_>, s: &Shape, y: Mat, stream: Mat, gate: Mat, out: Mat) -> Result<()> {
+    if s.samples == 1 {
+        return c.pass(|gpu| gpu.gated_stream(y, stream, None, gate, out));
+    }
+    for sample in 0..s.samples {
+        let (first, gate) = (sample * s.tokens(), gate.rows(sample, 1)?);
+        let image = s.text_rows() + sample * s.image;
+        for (joint, at, rows) in [(first, sample * s.text, s.text), (first + s.text, image, s.image)] {
+            let (y, stream, out) = (y.rows(joint, rows)?, stream.rows(at, rows)?, out.rows(joint, rows)?);
+            c.pass(|gpu| gpu.gated_stream(y, stream, None, gate, out))?;
+        }
+    }
+    Ok(())
+}
+
 impl Weights {
     fn norm(&self, s: &Shape, cond: &Conditioning) -> HeadNorm {
         HeadNorm {
@@ -199,15 +215,26 @@ impl Weights {
         })
     }
 
-    /// `y` from `h`, both `[B T, D]`.
+    /// `y` from `h`, both `[B T, D]`; with a residual stream, the block's output is added to that and `y` is its rounding.
     ///
     /// # Errors
     /// The engine's.
-    pub fn forward(&self, c: &Context<'_>, s: &Shape, w: &Space, cond: &Conditioning, y: Mat, h: Mat) -> Result<()> {
+    pub fn forward(
+        &self,
+        c: &Context<'_>,
+        s: &Shape,
+        w: &Space,
+        cond: &Conditioning,
+        (y, stream): (Mat, Option<Mat>),
+        h: Mat,
+    ) -> Result<()> {
         self.up_to_out(c, s, w, cond, h)?;
         let out = w.out.columns(0, s.inner)?;
         self.out.forward(c, out, w.joined, w.low)?;
-        c.pass(|gpu| gpu.gated_residual(y, h, cond.single.gate, out))
+        match stream {
+            Some(stream) => add_to_stream(c, s, y, stream, cond.single.gate, out),
+            None => c.pass(|gpu| gpu.gated_residual(y, h, cond.single.gate, out)),
+        }
     }
 
     /// Adds the adapters' gradients, and turns `dh` from the gradient of the block's output into that of its input `h` if it is needed.

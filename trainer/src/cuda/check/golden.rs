@@ -8,7 +8,7 @@ use serenity_protocol::geometry::BlockId;
 use serenity_protocol::model_path::TransformerSource;
 
 use super::model::{Hosted, Kind, OPTIMIZER, SMALL_BUDGET, Setup, build, open_model, sizes};
-use super::{Line, Options, compared, holds, worst};
+use super::{Line, Options, compared, holds, rounded, worst};
 use crate::cuda::plan::{Limits, Shape, is_double};
 use crate::cuda::step::{Sample, read};
 use crate::model::{AdapterSet, tensor_error};
@@ -18,7 +18,9 @@ use crate::parity::{self, Case};
 pub(super) fn golden(options: &Options, emit: &mut dyn FnMut(Line)) -> Result<()> {
     let model = open_model(&options.goldens)?;
     golden_forward(options, &model, emit)?;
-    golden_step(options, &model, emit)
+    golden_step(options, &model, emit)?;
+    rounded::forward(options, &model, emit)?;
+    rounded::step(options, &model, emit)
 }
 
 fn golden_forward(options: &Options, model: &TransformerSource, emit: &mut dyn FnMut(Line)) -> Result<()> {

@@ -31,6 +31,9 @@ pub(super) const ALIGN: usize = 256;
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(super) enum Kind {
     F32,
+    /// As it is, rounded.
+    Rounded,
+    /// The values that INT8 stands for.
     Bf16,
     Int8,
 }
@@ -58,6 +61,15 @@ pub(super) fn through_int8(values: &[f32], cols: usize) -> Vec<f32> {
     all
 }
 
+/// The values of a block's matrix that a model in this form computes with.
+pub(super) fn values_of(kind: Kind, values: Vec<f32>, cols: usize) -> Vec<f32> {
+    match kind {
+        Kind::F32 => values,
+        Kind::Rounded => values.into_iter().map(|v| half::bf16::from_f32(v).to_f32()).collect(),
+        Kind::Bf16 | Kind::Int8 => through_int8(&values, cols),
+    }
+}
+
 pub(super) fn payload(g: &TransformerGeometry, block: BlockId, kind: Kind, read: Read<'_>) -> Result<(Payload, Vec<u8>)> {
     let (mut parts, mut bytes) = (Vec::new(), Vec::new());
     for LinearSpec { name, out_features: rows, in_features: cols } in g.block_linears(block) {
@@ -70,8 +82,8 @@ pub(super) fn payload(g: &TransformerGeometry, block: BlockId, kind: Kind, read:
         };
         let form = match kind {
             Kind::F32 => Form::Dense(Ty::F32, put(bytemuck::cast_slice(&values))),
-            Kind::Bf16 => {
-                let rounded: Vec<half::bf16> = through_int8(&values, cols).into_iter().map(half::bf16::from_f32).collect();
+            Kind::Rounded | Kind::Bf16 => {
+                let rounded: Vec<half::bf16> = values_of(kind, values, cols).into_iter().map(half::bf16::from_f32).collect();
                 Form::Dense(Ty::Bf16, put(bytemuck::cast_slice(&rounded)))
             }
             Kind::Int8 => {

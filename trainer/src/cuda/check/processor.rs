@@ -6,7 +6,7 @@ use serenity_cuda::{Gpu, Ty};
 use serenity_protocol::Result;
 
 use super::model::{Hosted, Kind, OPTIMIZER, SMALL_BUDGET, Setup, build, everything, open_model, sizes, test_batches, through_int8};
-use super::{Line, Options, compared, errors, holds};
+use super::{Line, Options, compared, errors, holds, rounded};
 use crate::cuda::plan::Limits;
 use crate::cuda::step::Sample;
 use crate::model::{CheckpointSource, Flux2, OtherWeights, tensor_error};
@@ -69,7 +69,7 @@ pub(super) fn processor(options: &Options, emit: &mut dyn FnMut(Line)) -> Result
             let (_, output) = step.forward(&Sample::of(batch)?, &mut |_, _, _| Ok(()))?;
             let theirs = host(theirs).map_err(|e| tensor_error("a prediction cannot be read", e))?;
             let (largest, norm) = errors(&output, &theirs);
-            let (max_limit, norm_limit) = if ty == Ty::F32 { (1e-5, 1e-5) } else { (2e-2, 1e-2) };
+            let (max_limit, norm_limit) = if ty == Ty::F32 { (1e-5, 1e-5) } else { (rounded::LARGEST, rounded::ADAPTED_NORM) };
             emit(compared(format!("{} prediction {i}: largest difference", ty.name()), largest, max_limit));
             emit(compared(format!("{} prediction {i}: norm", ty.name()), norm, norm_limit));
         }

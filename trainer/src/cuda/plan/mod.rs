@@ -271,7 +271,7 @@ impl Plan {
             if g.num_layers > 0 {
                 visit = visit.max(measured(|m| double::Space::new(m, shape))?);
             }
-            visit = visit.max(measured(|m| HeadSpace::new(m, shape))?).max(measured(|m| EntrySpace::new(m, g, shape))?);
+            visit = visit.max(measured(|m| HeadSpace::new(m, g, shape))?).max(measured(|m| EntrySpace::new(m, g, shape))?);
         }
         let shapes: Vec<Vec<(usize, usize)>> = need.payloads.iter().map(|p| p.parts.iter().map(|w| (w.rows, w.cols)).collect()).collect();
         let tuning = Tuning::from_environment()?;
