@@ -47,7 +47,7 @@ const MARGIN: u64 = 512 << 20;
 /// The largest context that is believed: more is other programs' memory.
 const CONTEXT_MAX: u64 = 1 << 30;
 /// Reading threads unless it is said: what a fast disk and a memory file system need.
-const READERS: usize = 12;
+const READERS: usize = 14;
 
 /// What a device is opened with.
 #[derive(Debug, Clone, Copy)]
@@ -120,7 +120,7 @@ struct Layer {
 
 /// Where kept states go.
 enum Kept {
-    /// Page-locked memory, one run of all packs' rows for each kept state; the stream that fills it, and what it is behind.
+    /// Page-locked memory with the three kept states of every row side by side; the stream that fills it, and what it is behind.
     Locked { memory: Pinned, stream: Stream, event: Event },
     /// The pass's store.
     Store,
@@ -213,20 +213,13 @@ impl CudaTextEncoder {
         let places = (0..depth).map(|layer| self.weights.places(layer, self.ty)).collect::<Result<Vec<_>>>()?;
         let plan = self.plan(captions, task.max_length, places.first().map_or(0, |p| p.bytes))?;
         let arena = Arena::new(&self.gpu, plan.bytes)?;
-        let mut pass = Pass::new(self, task, &arena, plan, captions, pad_id)?;
         let mut times = EncodeTimes::default();
-        pass.keep(0)?;
         let parts: Vec<_> = places.iter().map(|p| p.parts.clone()).collect();
         let jobs = Jobs::new(&parts, self.ty);
         let (filled, arriving) = sync_channel(self.readers + BUFFERS_AHEAD);
         let (give, free) = channel();
-        for _ in 0..(self.readers + BUFFERS_AHEAD).min(jobs.of(0).max(1) * 2) {
-            let buffer = Buffer { memory: Pinned::new(self.gpu.context(), PIECE_BYTES)?, used: Event::new(self.gpu.context())? };
-            // The receiver lives until the end of this function.
-            let _ = give.send(buffer);
-        }
         let free = Mutex::new(free);
-        std::thread::scope(|scope| {
+        let pass = std::thread::scope(|scope| {
             for number in 0..self.readers {
                 let (jobs, free, filled) = (&jobs, &free, filled.clone());
                 let thread = std::thread::Builder::new().name(format!("layer reader {number}"));
@@ -238,7 +231,16 @@ impl CudaTextEncoder {
             // Moved here: when the pass ends early, waiting readers hear of it.
             let give = give;
             let arriving = arriving;
-            pass.layers(&places, &jobs, &arriving, &give, captions.len(), progress, &mut times)
+            for _ in 0..(self.readers + BUFFERS_AHEAD).min(jobs.of(0).max(1) * 2) {
+                let buffer = Buffer { memory: Pinned::new(self.gpu.context(), PIECE_BYTES)?, used: Event::new(self.gpu.context())? };
+                // Readers that have failed are heard of below.
+                let _ = give.send(buffer);
+            }
+            // While the first layers are read.
+            let mut pass = Pass::new(self, task, &arena, plan, captions, pad_id)?;
+            pass.keep(0)?;
+            pass.layers(&places, &jobs, &arriving, &give, captions.len(), progress, &mut times)?;
+            Ok::<_, Error>(pass)
         })?;
         pass.finish(sink)?;
         Ok(times)
@@ -381,7 +383,7 @@ impl<'a> Pass<'a> {
             if rows > self.plan.rows {
                 return Err(Error::invariant("a pack is longer than planned").expected(self.plan.rows).found(rows));
             }
-            let embedded = bytes_of(&e.weights.embed(&ids, &Device::Cpu, e.dtype())?)?;
+            let embedded = e.weights.embedded(&ids, e.ty)?;
             let state = match shared {
                 Some(all) => all.rows(0, rows)?,
                 None => self.arena.mat(e.ty, rows, g.hidden)?,
@@ -526,8 +528,10 @@ impl<'a> Pass<'a> {
                 if let Kept::Locked { memory, stream, event } = &self.kept {
                     gpu.compute().record(event)?;
                     stream.wait(event)?;
-                    let offset = (slot * self.rows + first) * e.geometry.hidden * e.ty.bytes();
-                    stream.copy_out(memory, offset, pack.state.ptr, pack.state.span())?;
+                    // By multiprocessors, which write every row to its place.
+                    let (d, width) = (e.geometry.hidden, 3 * e.geometry.hidden);
+                    let at = memory.device_ptr().offset((first * width + slot * d) * e.ty.bytes());
+                    gpu.cast_on(stream, Mat { stride: width, ..Mat::new(at, e.ty, pack.rows, d) }, pack.state)?;
                     first += pack.rows;
                     continue;
                 }
@@ -559,21 +563,34 @@ impl<'a> Pass<'a> {
         self.store.put((number, slot), &cut(0, rows).map_err(failed("keeping a hidden state"))?)
     }
 
+    /// Hands every caption's embedding from page-locked memory to `sink`.
+    fn finish_locked(&self, memory: &Pinned, sink: &mut dyn FnMut(usize, Embedding, &Embedding) -> Result<()>) -> Result<()> {
+        let (e, width) = (self.encoder, 3 * self.encoder.geometry.hidden);
+        let row = width * e.ty.bytes();
+        let mut raw = Vec::new();
+        let mut take = |first: usize, rows: usize| -> Result<Embedding> {
+            raw.resize(rows * row, 0u8);
+            memory.read(first * row, &mut raw)?;
+            Ok(Embedding { rows: upload_as(&raw, e.dtype(), &[rows, width], &Device::Cpu, self.task.keep)? })
+        };
+        // The pad is the last row of the first pack.
+        let pad = take(self.packs.first().map_or(0, |p| p.rows.saturating_sub(1)), 1)?;
+        let mut start = 0;
+        for pack in &self.packs {
+            let mut first = start;
+            for (caption, rows) in pack.captions.clone().zip(pack.lengths.iter().copied()) {
+                sink(caption, take(first, rows)?, &pad)?;
+                first += rows;
+            }
+            start += pack.rows;
+        }
+        Ok(())
+    }
+
     /// Hands every caption's embedding to `sink`.
     fn finish(mut self, sink: &mut dyn FnMut(usize, Embedding, &Embedding) -> Result<()>) -> Result<()> {
-        let (e, hidden) = (self.encoder, self.encoder.geometry.hidden);
-        if let Kept::Locked { memory, .. } = std::mem::replace(&mut self.kept, Kept::Store) {
-            let shapes: Vec<usize> = self.packs.iter().map(|p| p.rows).collect();
-            for slot in 0..3 {
-                let mut first = 0;
-                for (number, rows) in shapes.iter().enumerate() {
-                    let mut raw = vec![0u8; rows * hidden * e.ty.bytes()];
-                    memory.read((slot * self.rows + first) * hidden * e.ty.bytes(), &mut raw)?;
-                    first += rows;
-                    let state = upload_as(&raw, e.dtype(), &[*rows, hidden], &Device::Cpu, e.dtype())?;
-                    self.store_kept(number, slot, &state)?;
-                }
-            }
+        if let Kept::Locked { memory, .. } = &self.kept {
+            return self.finish_locked(memory, sink);
         }
         let join = |parts: &[Tensor]| match parts {
             [_, _, _] => Tensor::cat(parts, 1).map(|rows| Embedding { rows }).map_err(failed("joining hidden states")),

@@ -148,7 +148,7 @@ impl Jobs {
 }
 
 /// Values of a checkpoint's type in that of the device.
-fn convert(from: &[u8], stored: DType, to: &mut [u8], ty: Ty) -> Result<()> {
+pub(super) fn convert(from: &[u8], stored: DType, to: &mut [u8], ty: Ty) -> Result<()> {
     let value = |bytes: &[u8]| match (stored, bytes) {
         (DType::F16, [a, b]) => Some(f16::from_le_bytes([*a, *b]).to_f32()),
         (DType::BF16, [a, b]) => Some(bf16::from_le_bytes([*a, *b]).to_f32()),

@@ -9,8 +9,8 @@ use serenity_protocol::checkpoint::Checkpoint;
 use serenity_protocol::{Error, Result};
 
 use super::direct::DirectReader;
-use super::stream::Part;
-use crate::tensor::{stored_type, upload, upload_as};
+use super::stream::{Part, convert};
+use crate::tensor::{stored_type, upload_as};
 
 /// Prefixes of the language model's tensors (`spec/flux2.md` 2.5): older multimodal, newer multimodal, text only.
 const PREFIXES: [&str; 3] = ["language_model.model.", "model.language_model.", "model."];
@@ -131,8 +131,27 @@ impl TextWeights {
         Ok(LayerPlaces { parts, query, output, gate, down, attention_norm, mlp_norm, bytes: end.next_multiple_of(ALIGNMENT) })
     }
 
+    /// The embeddings of `ids`, `[ids, hidden]`, as bytes of a device's type.
+    pub fn embedded(&self, ids: &[u32], ty: Ty) -> Result<Vec<u8>> {
+        let (rows, stored) = self.embedding_rows(ids)?;
+        if matches!((stored, ty), (Dtype::BF16, Ty::Bf16) | (Dtype::F32, Ty::F32)) {
+            return Ok(rows);
+        }
+        let stored = stored_type(stored).map_err(|e| e.at(self.checkpoint.root()))?;
+        let mut converted = vec![0u8; rows.len() / stored.size_in_bytes() * ty.bytes()];
+        convert(&rows, stored, &mut converted, ty)?;
+        Ok(converted)
+    }
+
     /// The embeddings of `ids`, `[ids, hidden]`: only these rows of the (large) table are read.
     pub fn embed(&self, ids: &[u32], device: &Device, dtype: DType) -> Result<Tensor> {
+        let (bytes, stored) = self.embedding_rows(ids)?;
+        let stored = stored_type(stored).map_err(|e| e.at(self.checkpoint.root()))?;
+        upload_as(&bytes, stored, &[ids.len(), self.geometry.hidden], device, dtype).map_err(|e| e.at(self.checkpoint.root()))
+    }
+
+    /// Rows of the embedding table as they are stored.
+    fn embedding_rows(&self, ids: &[u32]) -> Result<(Vec<u8>, Dtype)> {
         let g = &self.geometry;
         let table = self.checkpoint.tensor_of_shape(&format!("{}embed_tokens.weight", self.prefix), &[g.vocab, g.hidden])?;
         let element_bytes = if table.dtype == Dtype::F32 { 4 } else { 2 };
@@ -148,6 +167,6 @@ impl TextWeights {
             })?;
             bytes.extend_from_slice(row);
         }
-        upload(&table, &bytes, &[ids.len(), g.hidden], device, dtype).map_err(|e| e.at(self.checkpoint.root()))
+        Ok((bytes, table.dtype))
     }
 }
