@@ -61,6 +61,8 @@ pub struct Report {
     pub open_seconds: f64,
     /// From token ids to embeddings in host memory.
     pub seconds: f64,
+    /// Of it, before the first layer: taking device and page-locked memory, embedding.
+    pub setup_seconds: f64,
     /// The device at work in layers.
     pub compute_seconds: f64,
     /// The host waiting for pieces of layers.
@@ -133,6 +135,7 @@ pub fn run(path: &Path, options: &Options, process: &Process) -> Result<Report> 
         weight_bytes,
         open_seconds,
         seconds,
+        setup_seconds: times.setup.as_secs_f64(),
         compute_seconds: times.compute.as_secs_f64(),
         wait_seconds: times.wait.as_secs_f64(),
         read_seconds: times.read.as_secs_f64(),
@@ -234,8 +237,8 @@ impl Report {
         println!("device       {} (opened in {:.1} s)", self.device, self.open_seconds);
         println!("text         {} captions, {} tokens, {} layers in {:.3} s", self.captions, self.tokens, self.layers, self.seconds);
         println!(
-            "  phases     device at work {:.3} s, host waiting for pieces {:.3} s, threads reading {:.3} s",
-            self.compute_seconds, self.wait_seconds, self.read_seconds
+            "  phases     memory and embedding {:.3} s, device at work {:.3} s, host waiting for pieces {:.3} s, threads reading {:.3} s",
+            self.setup_seconds, self.compute_seconds, self.wait_seconds, self.read_seconds
         );
         println!(
             "  floors     storage {:.3} s at {:.1} GB/s, bus {:.3} s at {:.1} GB/s, products {:.3} s at {:.1} TFLOP/s",

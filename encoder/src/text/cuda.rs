@@ -17,6 +17,7 @@ use std::sync::mpsc::{Receiver, channel, sync_channel};
 use std::time::{Duration, Instant};
 
 use candle_core::{DType, Device, Tensor};
+use half::bf16;
 use serenity_cuda::arena::ALIGNMENT;
 use serenity_cuda::driver::{Pinned, Priority};
 use serenity_cuda::ops::text::{Captions, GroupedHeads, HEAD_DIM_MAX};
@@ -209,6 +210,7 @@ impl CudaTextEncoder {
         progress: &mut dyn FnMut(u64, u64) -> Result<()>,
         sink: &mut dyn FnMut(usize, Embedding, &Embedding) -> Result<()>,
     ) -> Result<EncodeTimes> {
+        let began = Instant::now();
         let depth = task.states.into_iter().max().unwrap_or(0);
         let places = (0..depth).map(|layer| self.weights.places(layer, self.ty)).collect::<Result<Vec<_>>>()?;
         let plan = self.plan(captions, task.max_length, places.first().map_or(0, |p| p.bytes))?;
@@ -239,6 +241,7 @@ impl CudaTextEncoder {
             // While the first layers are read.
             let mut pass = Pass::new(self, task, &arena, plan, captions, pad_id)?;
             pass.keep(0)?;
+            times.setup = began.elapsed();
             pass.layers(&places, &jobs, &arriving, &give, captions.len(), progress, &mut times)?;
             Ok::<_, Error>(pass)
         })?;
@@ -316,7 +319,7 @@ impl Space {
                 (0..max_length).flat_map(|p| (0..half).map(move |j| f(f64::from(p as f32 * frequency(j))) as f32)).collect();
             let bytes: Vec<u8> = match ty {
                 Ty::F32 => values.iter().flat_map(|v| v.to_le_bytes()).collect(),
-                Ty::Bf16 => values.iter().flat_map(|v| half::bf16::from_f32(*v).to_le_bytes()).collect(),
+                Ty::Bf16 => values.iter().flat_map(|v| bf16::from_f32(*v).to_le_bytes()).collect(),
             };
             let mat = arena.mat(ty, max_length, half)?;
             e.gpu.upload(mat.ptr, &bytes)?;
@@ -567,11 +570,22 @@ impl<'a> Pass<'a> {
     fn finish_locked(&self, memory: &Pinned, sink: &mut dyn FnMut(usize, Embedding, &Embedding) -> Result<()>) -> Result<()> {
         let (e, width) = (self.encoder, 3 * self.encoder.geometry.hidden);
         let row = width * e.ty.bytes();
-        let mut raw = Vec::new();
-        let mut take = |first: usize, rows: usize| -> Result<Embedding> {
-            raw.resize(rows * row, 0u8);
-            memory.read(first * row, &mut raw)?;
-            Ok(Embedding { rows: upload_as(&raw, e.dtype(), &[rows, width], &Device::Cpu, self.task.keep)? })
+        let take = |first: usize, rows: usize| -> Result<Embedding> {
+            // Straight into what the tensor will own: this is the only copy.
+            let made = match e.ty {
+                Ty::Bf16 => {
+                    let mut values = vec![bf16::ZERO; rows * width];
+                    memory.read(first * row, bytemuck::cast_slice_mut(&mut values))?;
+                    Tensor::from_vec(values, (rows, width), &Device::Cpu)
+                }
+                Ty::F32 => {
+                    let mut values = vec![0f32; rows * width];
+                    memory.read(first * row, bytemuck::cast_slice_mut(&mut values))?;
+                    Tensor::from_vec(values, (rows, width), &Device::Cpu)
+                }
+            };
+            let rows = made.and_then(|t| t.to_dtype(self.task.keep)).map_err(failed("taking an embedding"))?;
+            Ok(Embedding { rows })
         };
         // The pad is the last row of the first pack.
         let pad = take(self.packs.first().map_or(0, |p| p.rows.saturating_sub(1)), 1)?;

@@ -90,6 +90,8 @@ pub struct EncodeTimes {
     pub weight_params: u64,
     /// Multiply-adds times two, of the linear layers.
     pub flops: f64,
+    /// Taking memory (page-locking is slow) and embedding the captions, on a device; the first layers are read meanwhile.
+    pub setup: Duration,
     /// Bytes of weights that came from files, where that was counted.
     pub weight_bytes: u64,
     /// Bytes of device memory beside the context by the driver's figure, on a device.

@@ -28,7 +28,7 @@ use serenity_protocol::{Error, Result};
 use super::direct::{ALIGN, DIRECT_FILE_BYTES_MIN};
 
 /// Bytes of a page-locked buffer, and of a copy to the device.
-pub(super) const PIECE_BYTES: usize = 32 << 20;
+pub(super) const PIECE_BYTES: usize = 16 << 20;
 /// `statfs` type of a file system in memory.
 const TMPFS_MAGIC: u64 = 0x0102_1994;
 

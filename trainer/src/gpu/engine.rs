@@ -70,7 +70,7 @@ pub struct Opening<'o> {
 /// Page-locked host memory that activations may take.
 fn parcels_max(config: &Config) -> usize {
     let auto = || available_memory().unwrap_or(0) / OFFLOAD_PART;
-    config.memory.stagehand.activation_offload_bytes.map_or_else(auto, |bytes| bytes) as usize
+    config.memory.stagehand.activation_offload_bytes.unwrap_or_else(auto) as usize
 }
 
 /// Device memory that the process may use.
