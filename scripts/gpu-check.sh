@@ -55,6 +55,7 @@ if [ "${1:-}" = all ]; then
   "$0" "$dir/serenity-gpu-check"
   "$0" sanitizer "$dir"
   "$0" step "$dir"
+  scripts/gpu-check-encoder.sh --bin "$dir" check layer
   exec "$0" processes --bin "$dir"
 fi
 if [ ! -x "$binary" ]; then

@@ -4,12 +4,12 @@ use std::path::Path;
 
 use candle_core::{DType, Device};
 use serenity_cuda::{Gpu, Ty};
+use serenity_protocol::Result;
 use serenity_protocol::cache::text_model::TextGeometry;
 use serenity_protocol::config::DeviceKind;
-use serenity_protocol::{Error, Result};
 
 use super::cuda::{CudaTextEncoder, Settings};
-use super::encode::{Embedding, EncodeTimes, Encoded, Hidden, Task, TextEncoder};
+use super::encode::{Embedding, EncodeTimes, Encoded, Hidden, Task, TextEncoder, together};
 use crate::tokenizer::Tokens;
 
 /// A text encoder whose weights stay on disk.
@@ -106,14 +106,6 @@ impl AnyTextEncoder {
         progress: &mut dyn FnMut(u64, u64) -> Result<()>,
     ) -> Result<Encoded> {
         let task = Task { states, max_length, keep, hidden: Hidden::Memory };
-        let (mut all, mut pad_row) = (Vec::with_capacity(captions.len()), None);
-        let mut collect = |_: usize, embedding: Embedding, pad: &Embedding| {
-            all.push(embedding);
-            pad_row.get_or_insert_with(|| pad.rows.clone());
-            Ok(())
-        };
-        let times = self.encode_to(captions, pad_id, &task, progress, &mut collect)?;
-        let rows = pad_row.ok_or_else(|| Error::invariant("a pass without captions"))?;
-        Ok(Encoded { captions: all, pad: Embedding { rows }, times })
+        together(captions.len(), |sink| self.encode_to(captions, pad_id, &task, progress, sink))
     }
 }

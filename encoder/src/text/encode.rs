@@ -241,6 +241,22 @@ impl Pass<'_> {
     }
 }
 
+/// Takes the embeddings of a pass.
+pub(super) type Sink<'s> = &'s mut dyn FnMut(usize, Embedding, &Embedding) -> Result<()>;
+
+/// All embeddings that a pass hands to its sink.
+pub(super) fn together(captions: usize, pass: impl FnOnce(Sink) -> Result<EncodeTimes>) -> Result<Encoded> {
+    let (mut all, mut pad_row) = (Vec::with_capacity(captions), None);
+    let mut collect = |_: usize, embedding: Embedding, pad: &Embedding| {
+        all.push(embedding);
+        pad_row.get_or_insert_with(|| pad.rows.clone());
+        Ok(())
+    };
+    let times = pass(&mut collect)?;
+    let rows = pad_row.ok_or_else(|| Error::invariant("a pass without captions"))?;
+    Ok(Encoded { captions: all, pad: Embedding { rows }, times })
+}
+
 impl TextEncoder {
     /// Opens the text encoder at `path` (folder or file). Reads no weights yet.
     ///
@@ -279,15 +295,7 @@ impl TextEncoder {
         progress: &mut dyn FnMut(u64, u64) -> Result<()>,
     ) -> Result<Encoded> {
         let task = Task { states, max_length, keep, hidden: Hidden::Memory };
-        let (mut all, mut pad_row) = (Vec::with_capacity(captions.len()), None);
-        let mut collect = |_: usize, embedding: Embedding, pad: &Embedding| {
-            all.push(embedding);
-            pad_row.get_or_insert_with(|| pad.rows.clone());
-            Ok(())
-        };
-        let times = self.encode_to(captions, pad_id, &task, progress, &mut collect)?;
-        let rows = pad_row.ok_or_else(|| Error::invariant("a pass without captions"))?;
-        Ok(Encoded { captions: all, pad: Embedding { rows }, times })
+        together(captions.len(), |sink| self.encode_to(captions, pad_id, &task, progress, sink))
     }
 
     /// Runs `captions` through the encoder in one pass over the weights. `progress` is called after every pack of every layer with
