@@ -16,7 +16,7 @@ use serenity_protocol::{Error, Result, atomic_file};
 /// Values drawn once and repeated from another place in every tensor: random data as a multiplier sees it, at the speed of a copy.
 const BANK: usize = 1 << 24;
 
-/// Mistral 3 24B as FLUX.2 [dev] uses it: 30 layers.
+/// Mistral 3 24B as FLUX.2 (dev) uses it: 30 layers.
 #[must_use]
 pub fn mistral() -> TextGeometry {
     TextGeometry {
