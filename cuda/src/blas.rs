@@ -3,7 +3,7 @@
 //! A plan is made once per shape: the library's heuristics give the algorithm, and the same library on the same device gives the same one
 //! in every run. Algorithms that reduce in place in the output are excluded, sums of partial products are float32 in the workspace.
 //! Pointer alignment counts up to 16 bytes only, so that where a matrix lies in memory cannot change the algorithm, and with it the bytes.
-//! For the same reason the heuristics are asked about dense matrices even where the operands are views, as long as both are aligned alike.
+//! For the same reason the heuristics are asked about dense matrices (and of another number of rows, if that is wanted) even where the operands are views, as long as both are aligned alike.
 
 use std::cell::{Cell, RefCell};
 use std::collections::HashMap;
@@ -50,6 +50,8 @@ pub struct Shape {
     pub m: usize,
     /// Columns of C.
     pub n: usize,
+    /// Columns of C for which the algorithm is chosen.
+    pub n_planned: usize,
     /// Terms of each sum.
     pub k: usize,
     /// Elements between columns of A, B and C.
@@ -69,8 +71,9 @@ impl Shape {
         [turned(self.transpose_a, self.m, self.k), turned(self.transpose_b, self.k, self.n), (self.m, self.n)]
     }
 
-    /// The same product of matrices without gaps, besides those that bring columns to multiples of 16 bytes where they are there now.
-    fn dense(&self) -> Self {
+    /// The product that the algorithm is chosen for: of matrices without gaps, besides those that bring columns to multiples of 16 bytes where they
+    /// are there now.
+    fn planned(&self) -> Self {
         let types = [self.input, self.input, self.output];
         let mut strides = self.strides;
         for ((stride, (rows, _)), ty) in strides.iter_mut().zip(self.stored()).zip(types) {
@@ -78,7 +81,7 @@ impl Shape {
                 *stride = rows.next_multiple_of(ty.lanes());
             }
         }
-        Self { strides, ..*self }
+        Self { strides, n: self.n_planned, ..*self }
     }
 
     fn layouts(&self) -> Result<[Layout; 3]> {
@@ -297,10 +300,10 @@ impl Blas {
     fn plan(&self, shape: &Shape, multiprocessors: u32) -> Result<Plan> {
         let operation = Operation::new(shape, multiprocessors)?;
         let [a, b, c] = shape.layouts()?;
-        let dense = shape.dense();
-        let mut algorithm = self.choose(&dense, &operation, &dense.layouts()?)?;
-        if dense.strides != shape.strides && !self.runs(&operation, [&a, &b, &c], &algorithm) {
-            tracing::warn!("cuBLASLt has no common algorithm for views and dense matrices: {shape:?}");
+        let planned = shape.planned();
+        let mut algorithm = self.choose(&planned, &operation, &planned.layouts()?)?;
+        if planned != *shape && !self.runs(&operation, [&a, &b, &c], &algorithm) {
+            tracing::warn!("cuBLASLt has no algorithm for {planned:?} that multiplies {shape:?} too");
             algorithm = self.choose(shape, &operation, &[a, b, c])?;
             let [a, b, c] = shape.layouts()?;
             return Ok(Plan { operation, a, b, c, algorithm });
@@ -370,6 +373,7 @@ mod tests {
             transpose_b: false,
             m: 300,
             n: 50,
+            n_planned: 50,
             k: 100,
             strides,
             input: Ty::Bf16,
@@ -377,9 +381,10 @@ mod tests {
             alignment: [16; 3],
         };
         let dense = shape([104, 104, 300]);
-        assert_eq!(dense.dense(), dense);
-        assert_eq!(shape([6160, 128, 2048]).dense(), dense);
+        assert_eq!(dense.planned(), dense);
+        assert_eq!(shape([6160, 128, 2048]).planned(), dense);
+        assert_eq!(Shape { n: 7, ..dense }.planned(), dense);
         // What is not aligned stays as it is.
-        assert_eq!(shape([100, 104, 300]).dense().strides, [100, 104, 300]);
+        assert_eq!(shape([100, 104, 300]).planned().strides, [100, 104, 300]);
     }
 }

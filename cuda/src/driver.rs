@@ -499,6 +499,15 @@ impl Event {
         Self::with(context, sys::CUevent_flags_enum::CU_EVENT_DISABLE_TIMING as u32)
     }
 
+    /// An event for ordering, on which [`Self::sync`] sleeps instead of asking again and again: for threads that may wait long.
+    ///
+    /// # Errors
+    /// The driver's.
+    pub fn sleeping(context: &Arc<Context>) -> Result<Self> {
+        use sys::CUevent_flags_enum as Flag;
+        Self::with(context, Flag::CU_EVENT_DISABLE_TIMING as u32 | Flag::CU_EVENT_BLOCKING_SYNC as u32)
+    }
+
     /// An event that also knows its time.
     ///
     /// # Errors

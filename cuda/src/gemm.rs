@@ -17,7 +17,16 @@ impl Gpu {
     /// # Errors
     /// [`Error::Invariant`] for shapes or types that do not fit.
     pub fn gemm_nt(&self, out: Mat, a: Mat, b: Mat, alpha: f32, beta: f32) -> Result<()> {
-        self.gemm("nt", out, a, b, alpha, beta, (a.rows, a.cols), (b.cols, b.rows), (true, false))
+        self.gemm("nt", out, a, b, alpha, beta, (a.rows, a.cols), (b.cols, b.rows), (true, false), None)
+    }
+
+    /// [`Self::gemm_nt`] by the algorithm that is chosen for `rows` rows of `a`, whatever number it has: so a row of the result depends on its row of `a`
+    /// alone, bit for bit.
+    ///
+    /// # Errors
+    /// [`Error::Invariant`] for shapes or types that do not fit.
+    pub fn gemm_nt_as(&self, out: Mat, a: Mat, b: Mat, alpha: f32, beta: f32, rows: usize) -> Result<()> {
+        self.gemm("nt", out, a, b, alpha, beta, (a.rows, a.cols), (b.cols, b.rows), (true, false), Some(rows))
     }
 
     /// `out [m, n] = alpha a [m, k] b [k, n] + beta out`: the gradient of activations.
@@ -25,7 +34,7 @@ impl Gpu {
     /// # Errors
     /// [`Error::Invariant`] for shapes or types that do not fit.
     pub fn gemm_nn(&self, out: Mat, a: Mat, b: Mat, alpha: f32, beta: f32) -> Result<()> {
-        self.gemm("nn", out, a, b, alpha, beta, (a.rows, a.cols), (b.rows, b.cols), (false, false))
+        self.gemm("nn", out, a, b, alpha, beta, (a.rows, a.cols), (b.rows, b.cols), (false, false), None)
     }
 
     /// `out [m, n] = alpha aᵀ b + beta out`, `a [k, m]`, `b [k, n]`: the gradient of an adapter.
@@ -33,10 +42,11 @@ impl Gpu {
     /// # Errors
     /// [`Error::Invariant`] for shapes or types that do not fit.
     pub fn gemm_tn(&self, out: Mat, a: Mat, b: Mat, alpha: f32, beta: f32) -> Result<()> {
-        self.gemm("tn", out, a, b, alpha, beta, (a.cols, a.rows), (b.rows, b.cols), (false, true))
+        self.gemm("tn", out, a, b, alpha, beta, (a.cols, a.rows), (b.rows, b.cols), (false, true), None)
     }
 
-    /// `(m, k)` and `(k2, n)` are the operands as they are multiplied; `transposed` says which of (b, a) the library transposes.
+    /// `(m, k)` and `(k2, n)` are the operands as they are multiplied; `transposed` says which of (b, a) the library transposes; the algorithm is that for
+    /// `planned_rows` instead of `m`.
     #[allow(clippy::too_many_arguments)] // three products share this; a struct would only rename them
     fn gemm(
         &self,
@@ -49,6 +59,7 @@ impl Gpu {
         (m, k): (usize, usize),
         (k2, n): (usize, usize),
         transposed: (bool, bool),
+        planned_rows: Option<usize>,
     ) -> Result<()> {
         let rows_apart = |mat: &Mat| mat.stride >= mat.cols;
         if k != k2 || (out.rows, out.cols) != (m, n) || a.ty != b.ty || ![out, a, b].iter().all(rows_apart) {
@@ -66,6 +77,7 @@ impl Gpu {
             transpose_b: transposed.1,
             m: n,
             n: m,
+            n_planned: planned_rows.unwrap_or(m),
             k,
             strides: [b.stride, a.stride, out.stride],
             input: a.ty,

@@ -3,6 +3,7 @@
 use serenity_protocol::Result;
 
 use super::{Check, Expected, Work, limit};
+use crate::driver::Ptr;
 use crate::mat::{Mat, Ty};
 use crate::ops::rows::{HeadNorm, HeadStrides, JointHeads, PackedHeads};
 
@@ -126,7 +127,15 @@ fn forward(
     let outputs = [expected(q, &host.q, Some(&host.weight_q)), expected(k, &host.k, Some(&host.weight_k)), expected(v, &host.v, None)];
     let prepare = |check: &Check<'_>| [q, k, v].into_iter().try_for_each(|m| check.gpu.fill(m, 0));
     let to = JointHeads { q: q.ptr, k: k.ptr, v: v.ptr, strides };
-    check.case_after(format!("forward {name}"), limit(ty), &outputs, work, &prepare, &|gpu| gpu.qk_norm_rope(to, from, norm))
+    check.case_after(format!("forward {name}"), limit(ty), &outputs, work, &prepare, &|gpu| gpu.qk_norm_rope(to, from, norm))?;
+    // The memory for values is not written where they stay.
+    let outputs = [
+        expected(q, &host.q, Some(&host.weight_q)),
+        expected(k, &host.k, Some(&host.weight_k)),
+        Expected { mat: v, values: vec![0.0; total] },
+    ];
+    let to = JointHeads { v: Ptr::NULL, ..to };
+    check.case_after(format!("forward, values stay, {name}"), limit(ty), &outputs, work, &prepare, &|gpu| gpu.qk_norm_rope(to, from, norm))
 }
 
 #[allow(clippy::too_many_arguments)] // as above

@@ -208,12 +208,16 @@ impl Gpu {
         self.launch(&name, grid(x.rows, 1, 1)?, BLOCK, 0, &args)
     }
 
-    /// Queries and keys normalised and rotated, values moved, from the projections into a part of the joint sequence.
+    /// Queries and keys normalised and rotated, values moved, from the projections into a part of the joint sequence. With no place for values
+    /// ([`Ptr::NULL`]) they stay where they are.
     ///
     /// # Errors
     /// [`Error::Invariant`] if the shapes do not fit.
     pub fn qk_norm_rope(&self, to: JointHeads, from: PackedHeads, norm: &HeadNorm) -> Result<()> {
-        let Some(shape) = self.head_launch("qk_norm_rope", &[from.q, from.k, from.v], to, norm)? else { return Ok(()) };
+        let Some(mut shape) = self.head_launch("qk_norm_rope", &[from.q, from.k, from.v], to, norm)? else { return Ok(()) };
+        if to.v == Ptr::NULL {
+            shape.grid[1] = 2;
+        }
         let mut args = Vec::with_capacity(23);
         for mat in [from.q, from.k, from.v] {
             args.extend_from_slice(&[mat.ptr.into(), mat.stride.into()]);

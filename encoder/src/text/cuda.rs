@@ -5,31 +5,28 @@
 //! products run at their best rate; queries, keys and values are one product, gate and up another, and both sums of the residual stream are
 //! made by the products that end in it. The row that every pad shares is the last of the first pack: attention is zero there.
 //!
-//! bf16 with float32 inside every operation, or float32 throughout for comparison. A caption sees its own tokens only; which algorithm the product
-//! library takes depends on the pack's rows, so that its last bits may depend on what is encoded with it. On the CPU they do not.
+//! bf16 with float32 inside every operation, or float32 throughout for comparison. A caption sees its own tokens only, and the product library is asked for
+//! one algorithm for every number of rows, so that a caption's bits do not depend on what is encoded with it.
 //!
 //! Memory is added up before any is taken ([`Plan`]); a budget that is too small is an error with the minimum. The driver's figure is flat after that.
 
 mod pass;
 
 use std::path::Path;
-use std::sync::Mutex;
-use std::sync::mpsc::{channel, sync_channel};
 use std::time::Instant;
 
 use candle_core::DType;
 use half::bf16;
 use serenity_cuda::arena::ALIGNMENT;
-use serenity_cuda::driver::Pinned;
 use serenity_cuda::ops::text::{Captions, GroupedHeads, HEAD_DIM_MAX};
-use serenity_cuda::{Arena, Event, Gpu, Mat, Ptr, Ty};
+use serenity_cuda::{Arena, Gpu, Mat, Ptr, Ty};
 use serenity_protocol::cache::text_model::TextGeometry;
 use serenity_protocol::checkpoint::Checkpoint;
 use serenity_protocol::{Error, Result};
 
 use self::pass::Pass;
 use super::encode::{Embedding, EncodeTimes, Task};
-use super::stream::{Buffer, Jobs, PIECE_BYTES};
+use super::stream::{Ending, Feed, Jobs};
 use super::weights::{LayerPlaces, TextWeights};
 use crate::tokenizer::Tokens;
 
@@ -37,8 +34,6 @@ use crate::tokenizer::Tokens;
 const PACK_ROWS: usize = 4096;
 /// And where it does not: fewer gain nothing.
 const PACK_ROWS_MIN: usize = 256;
-/// Page-locked buffers more than reading threads.
-const BUFFERS_AHEAD: usize = 4;
 /// What the product library loads at first use.
 const LIBRARIES: u64 = 192 << 20;
 /// Left free on a device without a cap.
@@ -180,31 +175,23 @@ impl CudaTextEncoder {
         let mut times = EncodeTimes::default();
         let parts: Vec<_> = places.iter().map(|p| p.parts.clone()).collect();
         let jobs = Jobs::new(&parts, self.ty);
-        let (filled, arriving) = sync_channel(self.readers + BUFFERS_AHEAD);
-        let (give, free) = channel();
-        let free = Mutex::new(free);
+        let places_at = [arena.reserve(plan.layer)?, arena.reserve(plan.layer)?];
+        let feed = Feed::new(self.gpu.context(), &jobs, places.len(), places_at)?;
         let pass = std::thread::scope(|scope| {
+            let _ending = Ending(&feed);
             for number in 0..self.readers {
-                let (jobs, free, filled) = (&jobs, &free, filled.clone());
+                let (jobs, feed, context) = (&jobs, &feed, self.gpu.context());
                 let thread = std::thread::Builder::new().name(format!("layer reader {number}"));
                 thread
-                    .spawn_scoped(scope, move || jobs.read(free, &filled))
+                    .spawn_scoped(scope, move || jobs.read(context, feed))
                     .map_err(|e| Error::absent("cannot start a thread").cause(e))?;
-            }
-            drop(filled);
-            // Moved here: when the pass ends early, waiting readers hear of it.
-            let give = give;
-            let arriving = arriving;
-            for _ in 0..(self.readers + BUFFERS_AHEAD).min(jobs.of(0).max(1) * 2) {
-                let buffer = Buffer { memory: Pinned::new(self.gpu.context(), PIECE_BYTES)?, used: Event::new(self.gpu.context())? };
-                // Readers that have failed are heard of below.
-                let _ = give.send(buffer);
             }
             // While the first layers are read.
             let mut pass = Pass::new(self, task, &arena, plan, captions, pad_id)?;
             pass.keep(0)?;
             times.setup = began.elapsed();
-            pass.layers(&places, &jobs, &arriving, &give, captions.len(), progress, &mut times)?;
+            pass.layers(&places, &feed, captions.len(), progress, &mut times)?;
+            times.weight_bytes = jobs.file_bytes();
             Ok::<_, Error>(pass)
         })?;
         pass.finish(sink)?;

@@ -1,34 +1,36 @@
-//! Layers from disk to a device, piece by piece: several threads read into page-locked buffers, the device copies from where they were read.
+//! Layers from disk to a device, piece by piece: several threads read into page-locked buffers and queue the copies from them.
 //!
-//! A layer is a list of [`Part`]s, each a tensor of a file and its place in the layer's memory on the device. Parts are cut into [`Job`]s of at
-//! most [`PIECE_BYTES`], numbered through all layers. A thread takes a free buffer first and then the next job, so that what is under way are
-//! always the earliest jobs: whoever waits for a layer waits for nothing behind it.
+//! A layer is a list of [`Part`]s, each a tensor of a file and its place in the layer's memory on the device. Parts are cut into jobs of at
+//! most [`PIECE_BYTES`], numbered through all layers. Each thread has two buffers: it reads into one while the device copies from the other. Jobs are
+//! taken in order, and a layer has one of two places on the device, so that a thread whose layer has none yet waits in [`Feed::copy`] for the
+//! earlier layers alone, which others bring.
 //!
 //! What lies in the page cache (or in a memory file system) is read from there; what does not is read past it, because 33 GB that are read once
 //! would push out everything else. Tensors of another type than the device computes in are converted on the way.
 //!
-//! Failure: an unreadable or shortened file ends the pass with path and offset; a receiver that is gone ends the threads.
+//! Failure: an unreadable or shortened file ends the pass with path and offset; a pass that ends early ends the threads.
 
 use std::collections::HashMap;
 use std::fs::File;
 use std::io::{self, IoSliceMut};
 use std::os::unix::fs::{FileExt, OpenOptionsExt};
 use std::path::{Path, PathBuf};
-use std::sync::Mutex;
 use std::sync::atomic::{AtomicUsize, Ordering};
-use std::sync::mpsc::{Receiver, SyncSender};
+use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant};
 
 use candle_core::DType;
 use half::{bf16, f16};
-use serenity_cuda::driver::Pinned;
-use serenity_cuda::{Event, Ty};
+use serenity_cuda::driver::{Context, Pinned, Priority};
+use serenity_cuda::{Event, Ptr, Stream, Ty};
 use serenity_protocol::{Error, Result};
 
 use super::direct::{ALIGN, DIRECT_FILE_BYTES_MIN};
 
 /// Bytes of a page-locked buffer, and of a copy to the device.
-pub(super) const PIECE_BYTES: usize = 16 << 20;
+pub(super) const PIECE_BYTES: usize = 8 << 20;
+/// Layers that have memory on the device at a time.
+pub(super) const PLACES: usize = 2;
 /// `statfs` type of a file system in memory.
 const TMPFS_MAGIC: u64 = 0x0102_1994;
 
@@ -56,20 +58,9 @@ struct Job {
 }
 
 /// Page-locked memory, and the event behind the last copy from it.
-pub(super) struct Buffer {
-    pub memory: Pinned,
-    pub used: Event,
-}
-
-/// A piece that was read.
-pub(super) struct Filled {
-    pub layer: usize,
-    /// Place in the layer's memory.
-    pub to: usize,
-    pub bytes: usize,
-    pub buffer: Buffer,
-    /// What reading it took.
-    pub time: Duration,
+struct Buffer {
+    memory: Pinned,
+    used: Event,
 }
 
 /// The jobs of all layers, taken one by one.
@@ -77,6 +68,126 @@ pub(super) struct Jobs {
     list: Vec<Job>,
     next: AtomicUsize,
     ty: Ty,
+}
+
+/// Where readers and the pass meet: the copy stream, the layers' places, and how far both are.
+pub(super) struct Feed {
+    state: Mutex<State>,
+    /// A layer is complete, a place is free, or the end.
+    changed: Condvar,
+    places: [Ptr; PLACES],
+}
+
+struct State {
+    copies: Stream,
+    ready: Event,
+    /// Behind the last use of each place.
+    used: [Event; PLACES],
+    /// Pieces of each layer whose copies are not queued yet.
+    missing: Vec<usize>,
+    /// Layers whose work is queued: the place of each is free for the one after the next.
+    computed: usize,
+    /// Threads reading, added up.
+    read: Duration,
+    failed: Option<Error>,
+    ended: bool,
+}
+
+/// Ends the readers when the pass does, however it does.
+pub(super) struct Ending<'f>(pub &'f Feed);
+
+impl Drop for Ending<'_> {
+    fn drop(&mut self) {
+        self.0.lock().ended = true;
+        self.0.changed.notify_all();
+    }
+}
+
+impl Feed {
+    /// For `jobs`, with these places for layers.
+    pub fn new(context: &Arc<Context>, jobs: &Jobs, layers: usize, places: [Ptr; PLACES]) -> Result<Self> {
+        let mut missing = vec![0; layers];
+        for job in &jobs.list {
+            if let Some(n) = missing.get_mut(job.layer) {
+                *n += 1;
+            }
+        }
+        let state = State {
+            copies: Stream::new(context, Priority::Copies)?,
+            ready: Event::new(context)?,
+            used: [Event::new(context)?, Event::new(context)?],
+            missing,
+            computed: 0,
+            read: Duration::ZERO,
+            failed: None,
+            ended: false,
+        };
+        Ok(Self { state: Mutex::new(state), changed: Condvar::new(), places })
+    }
+
+    fn lock(&self) -> MutexGuard<'_, State> {
+        // The state is whole between any two statements that can panic.
+        self.state.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    fn until<'s>(&self, state: MutexGuard<'s, State>, waits: impl Fn(&State) -> bool) -> MutexGuard<'s, State> {
+        self.changed.wait_while(state, |s| !s.ended && s.failed.is_none() && waits(s)).unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// Queues the copy of a piece once its layer has a place; whether there is any use in going on.
+    fn copy(&self, job: &Job, bytes: usize, buffer: &Buffer, read: Duration) -> Result<bool> {
+        let mut state = self.until(self.lock(), |s| job.layer >= s.computed + PLACES);
+        if state.ended || state.failed.is_some() {
+            return Ok(false);
+        }
+        if let (Some(place), Some(used)) = (self.places.get(job.layer % PLACES), state.used.get(job.layer % PLACES)) {
+            state.copies.wait(used)?;
+            state.copies.copy_in(place.offset(job.to), &buffer.memory, 0, bytes)?;
+            state.copies.record(&buffer.used)?;
+        }
+        state.read += read;
+        if let Some(n) = state.missing.get_mut(job.layer) {
+            *n -= 1;
+            if *n == 0 {
+                self.changed.notify_all();
+            }
+        }
+        Ok(true)
+    }
+
+    /// Waits until all copies of `layer` are queued and makes `compute` wait for them; where the layer is.
+    ///
+    /// # Errors
+    /// What a reader met.
+    pub fn layer(&self, layer: usize, compute: &Stream) -> Result<Ptr> {
+        let mut state = self.until(self.lock(), |s| s.missing.get(layer).is_some_and(|n| *n > 0));
+        if let Some(e) = state.failed.take() {
+            state.ended = true;
+            return Err(e);
+        }
+        state.copies.record(&state.ready)?;
+        compute.wait(&state.ready)?;
+        self.places.get(layer % PLACES).copied().ok_or_else(|| Error::invariant("a layer has no place"))
+    }
+
+    /// The work of `layer` is queued on `compute`: behind it its place is free.
+    ///
+    /// # Errors
+    /// The driver's.
+    pub fn computed(&self, layer: usize, compute: &Stream) -> Result<()> {
+        let mut state = self.lock();
+        if let Some(used) = state.used.get(layer % PLACES) {
+            compute.record(used)?;
+        }
+        state.computed = layer + 1;
+        self.changed.notify_all();
+        Ok(())
+    }
+
+    /// What reading took so far, all threads added up.
+    pub fn read(&self) -> Duration {
+        self.lock().read
+    }
 }
 
 impl Jobs {
@@ -101,37 +212,40 @@ impl Jobs {
         Self { list, next: AtomicUsize::new(0), ty }
     }
 
-    /// Pieces of a layer.
-    pub fn of(&self, layer: usize) -> usize {
-        self.list.iter().filter(|j| j.layer == layer).count()
-    }
-
     /// Bytes that are read for all of them.
     pub fn file_bytes(&self) -> u64 {
         self.list.iter().map(|j| (j.elements * j.stored.size_in_bytes()) as u64).sum()
     }
 
-    /// What a reading thread does: fills free buffers with jobs until there are no more, or nobody wants them.
-    pub fn read(&self, free: &Mutex<Receiver<Buffer>>, filled: &SyncSender<Result<Filled>>) {
-        let mut files = Files::default();
-        loop {
-            // The lock is held while a buffer is awaited and its job is taken, so that the earliest job has a buffer.
-            let taken = free.lock().ok().and_then(|free| {
-                let buffer = free.recv().ok()?;
-                // Pairs with nothing: the lock orders the takers, the list does not change.
-                self.list.get(self.next.fetch_add(1, Ordering::Relaxed)).map(|job| (buffer, job))
-            });
-            let Some((buffer, job)) = taken else { return };
-            let result = self.fill(&mut files, buffer, job);
-            let stop = result.is_err();
-            if filled.send(result).is_err() || stop {
-                return;
-            }
+    /// What a reading thread does until there are no more jobs, or nobody wants them. What it meets is told to the feed.
+    pub fn read(&self, context: &Arc<Context>, feed: &Feed) {
+        if let Err(e) = self.read_all(context, feed) {
+            feed.lock().failed.get_or_insert(e);
+            feed.changed.notify_all();
         }
     }
 
-    fn fill(&self, files: &mut Files, mut buffer: Buffer, job: &Job) -> Result<Filled> {
-        let started = Instant::now();
+    fn read_all(&self, context: &Arc<Context>, feed: &Feed) -> Result<()> {
+        let mut files = Files::default();
+        let mut buffers: [Option<Buffer>; 2] = [None, None];
+        for turn in [0, 1].into_iter().cycle() {
+            // Pairs with nothing: each number is taken once, the list does not change.
+            let Some(job) = self.list.get(self.next.fetch_add(1, Ordering::Relaxed)) else { break };
+            let Some(buffer) = buffers.get_mut(turn) else { break };
+            let started = Instant::now();
+            let mut filled = match buffer.take() {
+                Some(buffer) => buffer,
+                None => Buffer { memory: Pinned::new(context, PIECE_BYTES)?, used: Event::sleeping(context)? },
+            };
+            let bytes = self.fill(&mut files, &mut filled, job)?;
+            if !feed.copy(job, bytes, buffer.insert(filled), started.elapsed())? {
+                break;
+            }
+        }
+        Ok(())
+    }
+
+    fn fill(&self, files: &mut Files, buffer: &mut Buffer, job: &Job) -> Result<usize> {
         let bytes = job.elements * self.ty.bytes();
         let short = || Error::invariant("a piece is larger than its buffer");
         let to = buffer.memory.bytes_after(&buffer.used)?.get_mut(..bytes).ok_or_else(short)?;
@@ -143,7 +257,7 @@ impl Jobs {
             files.read(&job.file, job.start, &mut source)?;
             convert(&source, job.stored, to, self.ty)?;
         }
-        Ok(Filled { layer: job.layer, to: job.to, bytes, buffer, time: started.elapsed() })
+        Ok(bytes)
     }
 }
 
@@ -268,7 +382,6 @@ mod tests {
         let expected =
             [(0, 100, most, 0), (0, 100 + far, most, 2 * most), (0, 100 + 2 * far, 5, 4 * most), (0, 100, 3, 1 << 30), (1, 100, 1, 7)];
         assert_eq!(seen, expected);
-        assert_eq!((jobs.of(0), jobs.of(1), jobs.of(2)), (4, 1, 0));
         assert_eq!(jobs.file_bytes(), 4 * (2 * most as u64 + 9));
     }
 

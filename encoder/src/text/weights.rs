@@ -1,6 +1,7 @@
 //! Where a layer's weights are: three spellings of the names, one reader.
 
 use candle_core::{DType, Device, Tensor};
+use rayon::prelude::*;
 use safetensors::Dtype;
 use serenity_cuda::Ty;
 use serenity_cuda::arena::ALIGNMENT;
@@ -156,8 +157,9 @@ impl TextWeights {
         let table = self.checkpoint.tensor_of_shape(&format!("{}embed_tokens.weight", self.prefix), &[g.vocab, g.hidden])?;
         let element_bytes = if table.dtype == Dtype::F32 { 4 } else { 2 };
         let row_bytes = g.hidden * element_bytes;
-        let mut bytes = Vec::with_capacity(ids.len() * row_bytes);
-        for &id in ids {
+        let mut bytes = vec![0u8; ids.len() * row_bytes];
+        // Random places of a file: many threads wait for them at once.
+        bytes.par_chunks_exact_mut(row_bytes).zip(ids).try_for_each(|(to, &id)| {
             let start = id as usize * row_bytes;
             let row = table.bytes().get(start..start + row_bytes).ok_or_else(|| {
                 Error::data("a token id lies outside the text encoder's vocabulary: tokenizer and encoder do not belong together")
@@ -165,8 +167,9 @@ impl TextWeights {
                     .expected(format!("ids below {}", g.vocab))
                     .found(id)
             })?;
-            bytes.extend_from_slice(row);
-        }
+            to.copy_from_slice(row);
+            Ok::<_, Error>(())
+        })?;
         Ok((bytes, table.dtype))
     }
 }

@@ -65,7 +65,7 @@ impl Kept {
 pub struct Engines {
     /// Output and its gradient are matrices of their own.
     pub double: Attention,
-    /// Output and its gradient are the first columns of wider matrices.
+    /// Output and its gradient are the first columns of wider matrices; values are columns of the packed projection.
     pub single: Attention,
 }
 
@@ -77,7 +77,7 @@ impl Engines {
     pub fn new(gpu: &Gpu, s: &Shape) -> Result<Self> {
         let dense = AttentionShape::dense(s.samples, s.heads, s.tokens(), s.head_dim, s.ty);
         let wide = s.inner + s.mlp;
-        let rows = RowStrides { out: wide, dout: wide, ..dense.rows };
+        let rows = RowStrides { out: wide, dout: wide, v: 3 * s.inner + 2 * s.mlp, ..dense.rows };
         Ok(Self { double: Attention::new(gpu, dense)?, single: Attention::new(gpu, AttentionShape { rows, ..dense })? })
     }
 

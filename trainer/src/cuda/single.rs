@@ -31,6 +31,7 @@ pub struct Activations {
     normed: Mat,
     /// Queries, keys, values, gate and value; in the backward pass then their gradients.
     projected: Mat,
+    /// Rotated queries and keys; values as they are in `projected`.
     heads: Heads,
     lse: Mat,
     /// Input of `to_out`: attention, then feed-forward part.
@@ -45,13 +46,8 @@ impl Activations {
     pub fn new(r: &dyn Reserve, s: &Shape) -> Result<Self> {
         let (t, d, m) = (s.rows(), s.inner, s.mlp);
         let mat = |cols: usize| r.mat(s.ty, t, cols);
-        Ok(Self {
-            normed: joined(r, s, t, d)?,
-            projected: mat(3 * d + 2 * m)?,
-            heads: Heads::new(r, s)?,
-            lse: Kept::lse(r, s)?,
-            joined: mat(d + m)?,
-        })
+        let projected = mat(3 * d + 2 * m)?;
+        Ok(Self { normed: joined(r, s, t, d)?, projected, heads: rotated(r, s, projected)?, lse: Kept::lse(r, s)?, joined: mat(d + m)? })
     }
 }
 
@@ -86,7 +82,7 @@ impl Parcel {
     /// If there is not so much left.
     pub fn activations(&self, r: &dyn Reserve, s: &Shape) -> Result<Activations> {
         let normed = joined(r, s, s.rows(), s.inner)?;
-        let heads = Heads::new(r, s)?;
+        let heads = rotated(r, s, self.projected)?;
         Ok(Activations { normed, projected: self.projected, heads, lse: self.lse, joined: r.mat(s.ty, s.rows(), s.inner + s.mlp)? })
     }
 }
@@ -143,6 +139,17 @@ fn parts(p: Mat, s: &Shape) -> Result<(PackedHeads, Mat, Mat)> {
     Ok((heads, p.columns(3 * d, m)?, p.columns(3 * d + m, m)?))
 }
 
+/// Memory for rotated queries and keys, beside the values where the projection left them.
+fn rotated(r: &dyn Reserve, s: &Shape, projected: Mat) -> Result<Heads> {
+    let one = || r.mat(s.ty, s.rows(), s.inner);
+    Ok(Heads { q: one()?, k: one()?, v: parts(projected, s)?.0.v })
+}
+
+/// The attention's side of what [`rotated`] reserves.
+fn turned(heads: &Heads, s: &Shape) -> JointHeads {
+    JointHeads { v: Ptr::NULL, ..joint(heads, s) }
+}
+
 /// The attention's side of `heads`.
 pub(super) fn joint(heads: &Heads, s: &Shape) -> JointHeads {
     JointHeads { q: heads.q.ptr, k: heads.k.ptr, v: heads.v.ptr, strides: HeadStrides::token_major(s.tokens(), s.heads, s.head_dim) }
@@ -185,7 +192,7 @@ impl Weights {
         c.pass(|gpu| gpu.ln_mod(normed, h, m.shift, m.scale, s.eps))?;
         self.project.forward_joined(c, w.projected, w.normed, w.low)?;
         let (packed, gate, value) = parts(w.projected, s)?;
-        c.pass(|gpu| gpu.qk_norm_rope(joint(&w.heads, s), packed, &self.norm(s, cond)))?;
+        c.pass(|gpu| gpu.qk_norm_rope(turned(&w.heads, s), packed, &self.norm(s, cond)))?;
         attention::forward(c, w.joined.columns(0, s.inner)?, &w.heads, &w.kept)?;
         let hidden = w.joined.columns(s.inner, s.mlp)?;
         c.pass(|gpu| gpu.swiglu(hidden, gate, value))
@@ -209,7 +216,7 @@ impl Weights {
         let (packed, gate, value) = parts(w.projected, s)?;
         let (attended, hidden) = (w.joined.columns(0, s.inner)?, w.joined.columns(s.inner, s.mlp)?);
         c.pass(|gpu| {
-            gpu.qk_norm_rope(joint(&w.heads, s), packed, &self.norm(s, cond))?;
+            gpu.qk_norm_rope(turned(&w.heads, s), packed, &self.norm(s, cond))?;
             gpu.cast(attended, parcel.attended)?;
             gpu.swiglu(hidden, gate, value)
         })

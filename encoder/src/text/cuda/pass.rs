@@ -1,15 +1,16 @@
 //! A pass of captions through the layers on a device: packs, where their states are, and what is queued for each layer.
 //!
-//! The host queues copies of a layer's pieces as they are read, and the layer's work behind them; it is two layers ahead of the device at most,
-//! because there are two places for layers. Kept states go to their places in page-locked memory on a stream of their own, or through the pass's
-//! store where states do not stay on the device.
+//! The readers queue copies of a layer's pieces, the pass queues the layer's work behind them; it is two layers ahead of the device at most,
+//! because there are two places for layers. A kept state goes to page-locked memory on a stream of its own and from there into the embeddings while the
+//! device is at the next layer, or through the pass's store where states do not stay on the device.
 
 use std::ops::Range;
-use std::sync::mpsc::{Receiver, Sender};
 use std::time::{Duration, Instant};
 
-use candle_core::{Device, Tensor};
+use candle_core::{DType, Device, Tensor, WithDType};
 use half::bf16;
+use half::vec::HalfBitsVecExt;
+use rayon::prelude::*;
 use serenity_cuda::driver::{Pinned, Priority};
 use serenity_cuda::ops::text::Captions;
 use serenity_cuda::{Arena, Event, Mat, Ptr, Stream, Ty};
@@ -19,7 +20,7 @@ use super::{CudaTextEncoder, Layer, PACK_ROWS, Plan, Space};
 use crate::tensor::{failed, upload_as};
 use crate::text::encode::{Embedding, EncodeTimes, Hidden, Task, packs};
 use crate::text::hidden::{HiddenStore, bytes_of};
-use crate::text::stream::{Buffer, Filled, Jobs};
+use crate::text::stream::Feed;
 use crate::text::weights::LayerPlaces;
 use crate::tokenizer::Tokens;
 
@@ -40,10 +41,59 @@ struct Pack {
 
 /// Where kept states go.
 enum Kept {
-    /// Page-locked memory with the three kept states of every row side by side; the stream that fills it, and what it is behind.
-    Locked { memory: Pinned, stream: Stream, event: Event },
+    /// Into the embeddings, through page-locked memory for one state of all rows.
+    Locked(Box<Locked>),
     /// The pass's store.
     Store,
+}
+
+/// One state of all rows on its way to the host, and what it becomes.
+struct Locked {
+    memory: Pinned,
+    /// Fills it, and the event behind that.
+    stream: Stream,
+    event: Event,
+    /// The state that is in it, if it is in no embedding yet.
+    waiting: Option<usize>,
+    /// Of each caption in order, then of the pad: its first row in `memory`, and its three states side by side.
+    embeddings: Vec<(usize, Values)>,
+}
+
+/// Values of an embedding on the host.
+enum Values {
+    Bf16(Vec<bf16>),
+    F32(Vec<f32>),
+}
+
+impl Values {
+    /// Zeros that take memory when they are written.
+    fn new(ty: Ty, count: usize) -> Self {
+        match ty {
+            Ty::Bf16 => Self::Bf16(vec![0u16; count].reinterpret_into()),
+            Ty::F32 => Self::F32(vec![0.0; count]),
+        }
+    }
+
+    fn bytes_mut(&mut self) -> &mut [u8] {
+        match self {
+            Self::Bf16(values) => bytemuck::cast_slice_mut(values),
+            Self::F32(values) => bytemuck::cast_slice_mut(values),
+        }
+    }
+
+    /// The embedding of rows of `width`; nothing is copied if it is of type `keep`.
+    fn into_embedding(self, width: usize, keep: DType) -> Result<Embedding> {
+        let made = match self {
+            Self::Bf16(values) => matrix(values, width),
+            Self::F32(values) => matrix(values, width),
+        };
+        Ok(Embedding { rows: made.and_then(|t| t.to_dtype(keep)).map_err(failed("taking an embedding"))? })
+    }
+}
+
+fn matrix<T: WithDType>(values: Vec<T>, width: usize) -> candle_core::Result<Tensor> {
+    let rows = values.len() / width.max(1);
+    Tensor::from_vec(values, (rows, width), &Device::Cpu)
 }
 
 /// Slot of a pack's running state; 0 to 2 are the kept ones.
@@ -76,12 +126,18 @@ impl<'a> Pass<'a> {
         };
         let space = Space::new(encoder, arena, plan.rows, task.max_length)?;
         let rows: usize = captions.iter().map(|c| c.ids.len()).sum::<usize>() + 1;
-        let kept_bytes = 3 * rows * encoder.geometry.hidden * encoder.ty.bytes();
-        let locked = matches!(task.hidden, Hidden::Memory) && plan.resident && kept_bytes <= LOCKED_MAX;
+        let state_bytes = rows * encoder.geometry.hidden * encoder.ty.bytes();
+        let locked = matches!(task.hidden, Hidden::Memory) && plan.resident && state_bytes <= LOCKED_MAX;
         let context = encoder.gpu.context();
         let kept = if locked {
             let (stream, event) = (Stream::new(context, Priority::Copies)?, Event::new(context)?);
-            Kept::Locked { memory: Pinned::new(context, kept_bytes)?, stream, event }
+            Kept::Locked(Box::new(Locked {
+                memory: Pinned::new(context, state_bytes)?,
+                stream,
+                event,
+                waiting: None,
+                embeddings: Vec::with_capacity(captions.len() + 1),
+            }))
         } else {
             Kept::Store
         };
@@ -97,6 +153,7 @@ impl<'a> Pass<'a> {
         let most = self.rows.div_ceil(number).min(self.plan.rows.saturating_sub(1)).max(1);
         // The plan's rows hold a pack that its last caption has made longer than the others, and the pad.
         let shared = if self.plan.resident { None } else { Some(self.arena.mat(e.ty, self.plan.rows, g.hidden)?) };
+        let (mut before, mut pad_at) = (0, 0);
         for (index, of) in packs(captions, most).into_iter().enumerate() {
             let tokens = captions.get(of.captions.clone()).unwrap_or_default();
             let pad = index == 0;
@@ -108,13 +165,18 @@ impl<'a> Pass<'a> {
                 let offset = offset.ok_or_else(|| Error::invariant("a caption is longer than max_length").found(n))?;
                 positions.extend((offset..offset + n).map(|p| p as u32));
                 placed.push((end, n));
+                if let Kept::Locked(locked) = &mut self.kept {
+                    locked.embeddings.push((before + end, Values::new(e.ty, 3 * n * g.hidden)));
+                }
                 end += n;
             }
             if pad {
+                pad_at = before + end;
                 ids.push(pad_id);
                 positions.push(0);
             }
             let rows = ids.len();
+            before += rows;
             if rows > self.plan.rows {
                 return Err(Error::invariant("a pack is longer than planned").expected(self.plan.rows).found(rows));
             }
@@ -131,6 +193,9 @@ impl<'a> Pass<'a> {
             if shared.is_some() {
                 self.put_away(index)?;
             }
+        }
+        if let Kept::Locked(locked) = &mut self.kept {
+            locked.embeddings.push((pad_at, Values::new(e.ty, 3 * g.hidden)));
         }
         Ok(())
     }
@@ -149,91 +214,44 @@ impl<'a> Pass<'a> {
     }
 
     /// All layers, each as soon as it is there.
-    #[allow(clippy::too_many_arguments)] // the two ends of the readers' channels, and who hears of it
     pub fn layers(
         &mut self,
         places: &[LayerPlaces],
-        jobs: &Jobs,
-        arriving: &Receiver<Result<Filled>>,
-        free: &Sender<Buffer>,
+        feed: &Feed,
         captions: usize,
         progress: &mut dyn FnMut(u64, u64) -> Result<()>,
         times: &mut EncodeTimes,
     ) -> Result<()> {
         let (e, gpu) = (self.encoder, &self.encoder.gpu);
-        let base = [self.arena.reserve(self.plan.layer)?, self.arena.reserve(self.plan.layer)?];
         let context = gpu.context();
-        let ready = [Event::new(context)?, Event::new(context)?];
-        let used = [Event::new(context)?, Event::new(context)?];
         let mut spans = Vec::new();
-        let mut queued = vec![0usize; places.len()];
-        let mut early: Vec<Filled> = Vec::new();
         for (layer, place) in places.iter().enumerate() {
             let _span = tracing::trace_span!("encode layer", layer, captions).entered();
             let started = Instant::now();
-            self.bring(layer, (jobs, arriving, free), (&base, &used), &mut early, &mut queued, times)?;
+            let weights = e.layer(place, feed.layer(layer, gpu.compute())?);
             times.wait += started.elapsed();
-            let (Some(base), Some(ready), Some(used)) = (base.get(layer % 2), ready.get(layer % 2), used.get(layer % 2)) else { continue };
-            gpu.copy().record(ready)?;
-            gpu.compute().wait(ready)?;
             let (begin, end) = (Event::timed(context)?, Event::timed(context)?);
             gpu.compute().record(&begin)?;
-            let weights = e.layer(place, *base);
             for index in 0..self.packs.len() {
                 self.pack_layer(index, &weights)?;
             }
             gpu.compute().record(&end)?;
-            gpu.compute().record(used)?;
+            feed.computed(layer, gpu.compute())?;
             spans.push((begin, end));
+            // While the device is busy with this layer.
+            self.unload()?;
             self.keep(layer + 1)?;
             times.weight_params += e.geometry.layer_params() as u64;
             times.flops += 2.0 * e.geometry.layer_params() as f64 * (self.rows - 1) as f64;
             progress(((layer + 1) * captions) as u64, (places.len() * captions) as u64)?;
         }
+        self.unload()?;
         gpu.sync()?;
         for (begin, end) in spans {
             times.compute += Duration::from_secs_f32(end.since_ms(&begin)? / 1e3);
         }
         times.device_bytes = Some(gpu.memory()?.used_by_process_estimate);
-        times.weight_bytes = jobs.file_bytes();
-        Ok(())
-    }
-
-    /// Queues copies of pieces until all of `layer` are; those of the layer after it as they come, later ones wait in `early`.
-    fn bring(
-        &self,
-        layer: usize,
-        (jobs, arriving, free): (&Jobs, &Receiver<Result<Filled>>, &Sender<Buffer>),
-        (base, used): (&[Ptr; 2], &[Event; 2]),
-        early: &mut Vec<Filled>,
-        queued: &mut [usize],
-        times: &mut EncodeTimes,
-    ) -> Result<()> {
-        let gpu = &self.encoder.gpu;
-        let all = jobs.of(layer);
-        let mut now: Vec<Filled> = std::mem::take(early);
-        while queued.get(layer).is_some_and(|n| *n < all) || !now.is_empty() {
-            let piece = match now.pop() {
-                Some(piece) => piece,
-                None => arriving.recv().map_err(|_| Error::invariant("the layer readers ended early"))??,
-            };
-            // The place of the layer after this one is that of the layer before, whose work is queued.
-            if piece.layer > layer + 1 {
-                early.push(piece);
-                continue;
-            }
-            let of = piece.layer % 2;
-            let (Some(to), Some(used)) = (base.get(of), used.get(of)) else { continue };
-            gpu.copy().wait(used)?;
-            gpu.copy().copy_in(to.offset(piece.to), &piece.buffer.memory, 0, piece.bytes)?;
-            gpu.copy().record(&piece.buffer.used)?;
-            times.read += piece.time;
-            if let Some(n) = queued.get_mut(piece.layer) {
-                *n += 1;
-            }
-            // Readers that have nothing more to do are gone.
-            let _ = free.send(piece.buffer);
-        }
+        times.read = feed.read();
         Ok(())
     }
 
@@ -248,7 +266,7 @@ impl<'a> Pass<'a> {
         let (normed, packed, attended, gate_up) =
             (of(self.space.normed)?, of(self.space.packed)?, of(self.space.attended)?, of(self.space.gate_up)?);
         gpu.rms_norm(normed, h, w.attention_norm, eps)?;
-        gpu.gemm_nt(packed, normed, w.packed, 1.0, 0.0)?;
+        gpu.gemm_nt_as(packed, normed, w.packed, 1.0, 0.0, PACK_ROWS)?;
         gpu.rotate_halves(packed, g.heads + g.kv_heads, pack.positions, self.space.cos, self.space.sin)?;
         gpu.caption_attention(attended, packed, e.heads, pack.placed)?;
         if pack.pad {
@@ -256,12 +274,12 @@ impl<'a> Pass<'a> {
             let row = attended.rows(rows - 1, 1)?;
             gpu.zero(row.ptr, row.span())?;
         }
-        gpu.gemm_nt(h, attended, w.output, 1.0, 1.0)?;
+        gpu.gemm_nt_as(h, attended, w.output, 1.0, 1.0, PACK_ROWS)?;
         gpu.rms_norm(normed, h, w.mlp_norm, eps)?;
-        gpu.gemm_nt(gate_up, normed, w.gate_up, 1.0, 0.0)?;
+        gpu.gemm_nt_as(gate_up, normed, w.gate_up, 1.0, 0.0, PACK_ROWS)?;
         let (gate, up) = (gate_up.columns(0, g.intermediate)?, gate_up.columns(g.intermediate, g.intermediate)?);
         gpu.swiglu(gate, gate, up)?;
-        gpu.gemm_nt(h, gate, w.down, 1.0, 1.0)?;
+        gpu.gemm_nt_as(h, gate, w.down, 1.0, 1.0, PACK_ROWS)?;
         if !self.plan.resident {
             self.put_away(index)?;
         }
@@ -270,32 +288,52 @@ impl<'a> Pass<'a> {
 
     /// Keeps state number `index` if it is one of those asked for.
     pub fn keep(&mut self, index: usize) -> Result<()> {
+        if !self.task.states.contains(&index) {
+            return Ok(());
+        }
+        self.unload()?;
         let (e, gpu) = (self.encoder, &self.encoder.gpu);
-        for slot in (0..3).filter(|s| self.task.states.get(*s) == Some(&index)) {
+        if let Kept::Locked(locked) = &mut self.kept {
+            gpu.compute().record(&locked.event)?;
+            locked.stream.wait(&locked.event)?;
             let mut first = 0;
+            for pack in &self.packs {
+                // By multiprocessors, which need no copy engine.
+                let at = locked.memory.device_ptr().offset(first * e.geometry.hidden * e.ty.bytes());
+                gpu.cast_on(&locked.stream, Mat::new(at, e.ty, pack.rows, e.geometry.hidden), pack.state)?;
+                first += pack.rows;
+            }
+            // The next layer changes the states in place.
+            locked.stream.record(&locked.event)?;
+            locked.waiting = Some(index);
+            return gpu.compute().wait(&locked.event);
+        }
+        for slot in (0..3).filter(|s| self.task.states.get(*s) == Some(&index)) {
             for number in 0..self.packs.len() {
                 let Some(pack) = self.packs.get(number) else { break };
-                if let Kept::Locked { memory, stream, event } = &self.kept {
-                    gpu.compute().record(event)?;
-                    stream.wait(event)?;
-                    // By multiprocessors, which write every row to its place.
-                    let (d, width) = (e.geometry.hidden, 3 * e.geometry.hidden);
-                    let at = memory.device_ptr().offset((first * width + slot * d) * e.ty.bytes());
-                    gpu.cast_on(stream, Mat { stride: width, ..Mat::new(at, e.ty, pack.rows, d) }, pack.state)?;
-                    first += pack.rows;
-                    continue;
-                }
                 let state = if self.plan.resident { download(e, pack.state)? } else { self.store.take((number, RUNNING), &Device::Cpu)? };
                 if !self.plan.resident {
                     self.store.put((number, RUNNING), &state)?;
                 }
                 self.store_kept(number, slot, &state)?;
             }
-            if let Kept::Locked { stream, event, .. } = &self.kept {
-                // The next layer changes the states in place.
-                stream.record(event)?;
-                gpu.compute().wait(event)?;
-            }
+        }
+        Ok(())
+    }
+
+    /// Brings the state that waits in page-locked memory into the embeddings, on all processors.
+    fn unload(&mut self) -> Result<()> {
+        let Kept::Locked(locked) = &mut self.kept else { return Ok(()) };
+        let Some(index) = locked.waiting.take() else { return Ok(()) };
+        let _span = tracing::trace_span!("unload", state = index).entered();
+        let row = self.encoder.geometry.hidden * self.encoder.ty.bytes();
+        let state: &[u8] = locked.memory.bytes_after(&locked.event)?;
+        for slot in (0..3).filter(|s| self.task.states.get(*s) == Some(&index)) {
+            locked.embeddings.par_iter_mut().for_each(|(first, values)| {
+                let rows = state.get(*first * row..).unwrap_or_default().chunks_exact(row);
+                let places = values.bytes_mut().chunks_exact_mut(row).skip(slot).step_by(3);
+                places.zip(rows).for_each(|(to, from)| to.copy_from_slice(from));
+            });
         }
         Ok(())
     }
@@ -313,45 +351,13 @@ impl<'a> Pass<'a> {
         self.store.put((number, slot), &cut(0, rows).map_err(failed("keeping a hidden state"))?)
     }
 
-    /// Hands every caption's embedding from page-locked memory to `sink`.
-    fn finish_locked(&self, memory: &Pinned, sink: &mut dyn FnMut(usize, Embedding, &Embedding) -> Result<()>) -> Result<()> {
-        let (e, width) = (self.encoder, 3 * self.encoder.geometry.hidden);
-        let row = width * e.ty.bytes();
-        let take = |first: usize, rows: usize| -> Result<Embedding> {
-            // Straight into what the tensor will own: this is the only copy.
-            let made = match e.ty {
-                Ty::Bf16 => {
-                    let mut values = vec![bf16::ZERO; rows * width];
-                    memory.read(first * row, bytemuck::cast_slice_mut(&mut values))?;
-                    Tensor::from_vec(values, (rows, width), &Device::Cpu)
-                }
-                Ty::F32 => {
-                    let mut values = vec![0f32; rows * width];
-                    memory.read(first * row, bytemuck::cast_slice_mut(&mut values))?;
-                    Tensor::from_vec(values, (rows, width), &Device::Cpu)
-                }
-            };
-            let rows = made.and_then(|t| t.to_dtype(self.task.keep)).map_err(failed("taking an embedding"))?;
-            Ok(Embedding { rows })
-        };
-        // The pad is the last row of the first pack.
-        let pad = take(self.packs.first().map_or(0, |p| p.rows.saturating_sub(1)), 1)?;
-        let mut start = 0;
-        for pack in &self.packs {
-            let mut first = start;
-            for (caption, rows) in pack.captions.clone().zip(pack.lengths.iter().copied()) {
-                sink(caption, take(first, rows)?, &pad)?;
-                first += rows;
-            }
-            start += pack.rows;
-        }
-        Ok(())
-    }
-
     /// Hands every caption's embedding to `sink`.
     pub fn finish(mut self, sink: &mut dyn FnMut(usize, Embedding, &Embedding) -> Result<()>) -> Result<()> {
-        if let Kept::Locked { memory, .. } = &self.kept {
-            return self.finish_locked(memory, sink);
+        if let Kept::Locked(locked) = self.kept {
+            let width = 3 * self.encoder.geometry.hidden;
+            let mut embeddings = locked.embeddings.into_iter().map(|(_, values)| values.into_embedding(width, self.task.keep));
+            let pad = embeddings.next_back().ok_or_else(|| Error::invariant("a pass without a pad"))??;
+            return embeddings.enumerate().try_for_each(|(caption, embedding)| sink(caption, embedding?, &pad));
         }
         let join = |parts: &[Tensor]| match parts {
             [_, _, _] => Tensor::cat(parts, 1).map(|rows| Embedding { rows }).map_err(failed("joining hidden states")),

@@ -108,12 +108,7 @@ impl Work {
         // Half the matrices of a double block see the image's tokens, half the text's.
         let linears = 2.0 * weights * s.rows() as f64 / if double { 2.0 } else { 1.0 };
         let scores = 4.0 * (s.samples * s.tokens() * s.tokens() * s.inner) as f64;
-        Self {
-            linears,
-            attention: attention * scores,
-            // A code read, a number of the activations' type written.
-            traffic: coded(payload) * (1 + s.ty.bytes()) as f64 + STATES_PER_PASS * s.state_bytes() as f64,
-        }
+        Self { linears, attention: attention * scores, traffic: STATES_PER_PASS * s.state_bytes() as f64 }
     }
 }
 
@@ -187,31 +182,31 @@ fn states(need: &Need<'_>) -> f64 {
 fn visit(plan: &Plan, need: &Need<'_>, block: BlockId, forward: bool, backward: bool) -> Result<Work> {
     let payload = need.payloads.get(usize::from(block.0)).ok_or_else(|| Error::invariant("a block has no payload"))?;
     let double = is_double(need.geometry, block);
-    let mut work = Work::default();
+    let (mut work, mut passes) = (Work::default(), 0);
+    let parcel = plan.travelling.contains(&block);
     for shape in need.shapes {
         if forward {
             work = work + Work::pass(shape, payload, double, 1.0, false);
-        }
-        let parcel = plan.travelling.contains(&block);
-        if parcel {
-            work.traffic += if forward { 2.0 * shape.state_bytes() as f64 } else { 0.0 };
+            work.traffic += if parcel { 2.0 * shape.state_bytes() as f64 } else { 0.0 };
+            passes += 1;
         }
         if backward {
             work = work + Work::pass(shape, payload, double, 2.5, false);
-            if plan.kept.contains(&block) {
-                continue;
-            }
+            passes += 1;
             if parcel {
                 work.traffic += STATES_PER_PARCEL * shape.state_bytes() as f64;
-                continue;
-            }
-            work = work + Work::pass(shape, payload, double, 1.0, true);
-            if plan.tile >= dequantised(payload, shape.ty) {
-                // Recompute and input gradient share what is dequantised.
-                work.traffic -= coded(payload) * (1 + shape.ty.bytes()) as f64;
+            } else if !plan.kept.contains(&block) {
+                work = work + Work::pass(shape, payload, double, 1.0, true);
+                passes += 1;
             }
         }
     }
+    // All passes of all micro-batches find what the first one brought, where the ring holds all of the block.
+    if plan.tile >= dequantised(payload, need.ty) {
+        passes = passes.min(1);
+    }
+    // A code read, a number of the activations' type written.
+    work.traffic += f64::from(passes) * coded(payload) * (1 + need.ty.bytes()) as f64;
     Ok(work)
 }
 
