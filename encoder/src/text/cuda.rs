@@ -10,6 +10,7 @@
 //!
 //! Memory is added up before any is taken ([`Plan`]); a budget that is too small is an error with the minimum. The driver's figure is flat after that.
 
+mod leaving;
 mod pass;
 
 use std::path::Path;
@@ -110,7 +111,7 @@ fn no_device(e: Error) -> Error {
 }
 
 impl CudaTextEncoder {
-    /// Opens the text encoder at `path` (folder or file) and the device. Reads no weights yet.
+    /// Opens the text encoder at `path` (folder or file) and the device, and loads what will run there. Reads no weights yet.
     ///
     /// # Errors
     /// [`Error::Absent`] without files, driver or device; [`Error::Data`] for files that are no Mistral text encoder, or heads that the device's attention does
@@ -134,7 +135,9 @@ impl CudaTextEncoder {
         let budget = usize::try_from(cap.saturating_sub(used + LIBRARIES)).unwrap_or(usize::MAX);
         let cores = std::thread::available_parallelism().map_or(1, usize::from);
         let readers = settings.readers.unwrap_or(READERS.min(cores)).max(1);
-        Ok(Self { weights, geometry, heads, ty: settings.ty, budget, readers, gpu })
+        let this = Self { weights, geometry, heads, ty: settings.ty, budget, readers, gpu };
+        pass::load_kernels(&this)?;
+        Ok(this)
     }
 
     /// Its geometry.
@@ -171,7 +174,7 @@ impl CudaTextEncoder {
         let depth = task.states.into_iter().max().unwrap_or(0);
         let places = (0..depth).map(|layer| self.weights.places(layer, self.ty)).collect::<Result<Vec<_>>>()?;
         let plan = self.plan(captions, task.max_length, places.first().map_or(0, |p| p.bytes))?;
-        let arena = Arena::new(&self.gpu, plan.bytes)?;
+        let arena = tracing::trace_span!("device memory").in_scope(|| Arena::new(&self.gpu, plan.bytes))?;
         let mut times = EncodeTimes::default();
         let parts: Vec<_> = places.iter().map(|p| p.parts.clone()).collect();
         let jobs = Jobs::new(&parts, self.ty);
@@ -187,7 +190,7 @@ impl CudaTextEncoder {
                     .map_err(|e| Error::absent("cannot start a thread").cause(e))?;
             }
             // While the first layers are read.
-            let mut pass = Pass::new(self, task, &arena, plan, captions, pad_id)?;
+            let mut pass = tracing::trace_span!("embed").in_scope(|| Pass::new(self, task, &arena, plan, captions, pad_id))?;
             pass.keep(0)?;
             times.setup = began.elapsed();
             pass.layers(&places, &feed, captions.len(), progress, &mut times)?;

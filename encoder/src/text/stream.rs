@@ -28,7 +28,7 @@ use serenity_protocol::{Error, Result};
 use super::direct::{ALIGN, DIRECT_FILE_BYTES_MIN};
 
 /// Bytes of a page-locked buffer, and of a copy to the device.
-pub(super) const PIECE_BYTES: usize = 8 << 20;
+pub(super) const PIECE_BYTES: usize = 4 << 20;
 /// Layers that have memory on the device at a time.
 pub(super) const PLACES: usize = 2;
 /// `statfs` type of a file system in memory.
