@@ -119,17 +119,19 @@ fn plan_and_run(cli: &Cli, mut config: Config, mut overrides: Overrides, traces:
 }
 
 /// Folders of the model that the run reads and that might have to be downloaded: with a slab that suffices not the transformer's, with a
-/// full cache none.
+/// text encoder's slab not the text encoder's, with a full cache none.
 fn folders_needed(config: &Config) -> Option<Vec<&'static str>> {
+    let text_encoder = config.model.text_encoder_slab_path.is_none();
+    let all = serenity_hub::FOLDERS.iter().copied().filter(|f| text_encoder || !serenity_hub::TEXT_ENCODER_ONLY.contains(f));
     if !slab_suffices(config) {
-        return Some(serenity_hub::FOLDERS.to_vec());
+        return Some(all.collect());
     }
     let is_ready = |plan: &Plan| plan.problems.is_empty() && plan.cache.is_complete();
     // A plan that cannot be made is made again, and its error shown, when everything is there.
     if Plan::new(config).is_ok_and(|plan| is_ready(&plan)) {
         return None;
     }
-    Some(serenity_hub::FOLDERS.iter().copied().filter(|f| !serenity_hub::TRANSFORMER_ONLY.contains(f)).collect())
+    Some(all.filter(|f| !serenity_hub::TRANSFORMER_ONLY.contains(f)).collect())
 }
 
 /// Makes and shows the plan; its first problem is the error.

@@ -5,16 +5,17 @@
 
 use std::fs::File;
 use std::io::Read;
+use std::path::PathBuf;
 use std::time::{Duration, Instant};
 
 use candle_core::{DType, Device, Tensor};
 use serde::Serialize;
-use serenity_protocol::cache::identity::weight_files;
 use serenity_protocol::cache::text_model::TextGeometry;
 use serenity_protocol::config::Config;
 use serenity_protocol::dataset::{self, Sample};
 use serenity_protocol::model_path::{self, ModelPaths};
 use serenity_protocol::process::Process;
+use serenity_protocol::slab::text_encoder::TextModel;
 use serenity_protocol::{Error, Result};
 
 use crate::pixels::Pixels;
@@ -116,12 +117,12 @@ fn missing(what: &str) -> Error {
 }
 
 fn text(config: &Config, paths: &ModelPaths, samples: &[Sample], process: &Process) -> Result<TextReport> {
-    let folder = paths.text_encoder.as_deref().ok_or_else(|| missing("text encoder"))?;
+    let model = TextModel::of(paths)?;
     let tokenizer = Tokenizer::open(paths.tokenizer.as_deref().ok_or_else(|| missing("tokenizer"))?)?;
     let max_length = config.model.max_sequence_length;
     let captions = samples.iter().map(|s| tokenizer.encode(&s.caption, max_length)).collect::<Result<Vec<_>>>()?;
-    let (read_rate, stored_bytes_per_param) = read_rate(folder)?;
-    let encoder = AnyTextEncoder::open(folder, config.device, None, Place::of(config).bytes_max, None)?;
+    let read_rate = read_rate(&model.weight_files()?)?;
+    let encoder = AnyTextEncoder::open(model, config.device, None, Place::of(config).bytes_max, None)?;
     let dtype = encoder.dtype();
     let g: &TextGeometry = encoder.geometry();
     let states = g.hidden_states(config.model.text_hidden_states)?;
@@ -134,7 +135,7 @@ fn text(config: &Config, paths: &ModelPaths, samples: &[Sample], process: &Proce
     let encoded = encoder.encode(&captions, tokenizer.pad_id(), states, max_length, DType::BF16, &mut |_, _| go_on(process))?;
     let seconds = started.elapsed().as_secs_f64();
     let times = encoded.times;
-    let weight_bytes = times.weight_params * stored_bytes_per_param;
+    let weight_bytes = times.weight_bytes;
     let (read_floor_seconds, compute_floor_seconds) = (weight_bytes as f64 / read_rate, times.flops / product_rate);
     Ok(TextReport {
         captions: captions.len(),
@@ -183,17 +184,12 @@ fn vae(config: &Config, paths: &ModelPaths, samples: &[Sample], process: &Proces
     })
 }
 
-/// Reads up to [`READ_SAMPLE_BYTES`] of the component's weight files: bytes per second, and bytes of a stored parameter.
-fn read_rate(folder: &std::path::Path) -> Result<(f64, u64)> {
-    let checkpoint = serenity_protocol::checkpoint::Checkpoint::open(folder)?;
-    let norm =
-        checkpoint.names().find(|n| n.ends_with("input_layernorm.weight")).map(str::to_string).ok_or_else(|| missing("text encoder"))?;
-    let norm = checkpoint.tensor(&norm)?;
-    let stored = (norm.bytes().len() / norm.shape.iter().product::<usize>().max(1)) as u64;
+/// Reads up to [`READ_SAMPLE_BYTES`] of weight files: bytes per second.
+fn read_rate(files: &[PathBuf]) -> Result<f64> {
     let (mut buffer, mut bytes, started) = (vec![0; 8 << 20], 0u64, Instant::now());
-    for path in weight_files(folder)? {
-        let failed = |e| Error::io("cannot read the weight file", &path, e);
-        let mut file = File::open(&path).map_err(failed)?;
+    for path in files {
+        let failed = |e| Error::io("cannot read the weight file", path, e);
+        let mut file = File::open(path).map_err(failed)?;
         while bytes < READ_SAMPLE_BYTES {
             match file.read(&mut buffer).map_err(failed)? {
                 0 => break,
@@ -201,7 +197,7 @@ fn read_rate(folder: &std::path::Path) -> Result<(f64, u64)> {
             }
         }
     }
-    Ok((bytes as f64 / started.elapsed().as_secs_f64().max(1e-9), stored))
+    Ok(bytes as f64 / started.elapsed().as_secs_f64().max(1e-9))
 }
 
 /// Operations per second of `[m, k]` times `[k, n]` (second operand transposed, as weights are).

@@ -11,6 +11,7 @@ use serenity_protocol::cache::text_model::TextGeometry;
 use serenity_protocol::config::{Config, DeviceKind, OverrideArgs};
 use serenity_protocol::message::Role;
 use serenity_protocol::process::{self, Process};
+use serenity_protocol::slab::text_encoder::TextModel;
 use serenity_protocol::{Error, Result};
 
 use crate::engine::HiddenBudget;
@@ -58,6 +59,8 @@ struct JobArgs {
 enum Command {
     /// Time the text encoder and the VAE on this machine, against what storage and processor allow
     Bench(BenchArgs),
+    /// How far embeddings from an INT8 slab of the text encoder are from the checkpoint's, in float32 on random captions
+    CompareSlab(CompareSlabArgs),
     /// Look into the cache folder of a configuration
     #[command(subcommand)]
     Cache(CacheCommand),
@@ -114,6 +117,9 @@ struct BenchArgs {
     /// Time the text encoder in this folder alone, on random tokens
     #[arg(long, value_name = "DIR", conflicts_with_all = ["config", "vae"])]
     text_encoder: Option<PathBuf>,
+    /// With --text-encoder: read this INT8 slab in place of its weights
+    #[arg(long, value_name = "SLAB", requires = "text_encoder")]
+    slab: Option<PathBuf>,
     /// With --text-encoder: how many captions
     #[arg(long, value_name = "N", default_value_t = 118)]
     captions: usize,
@@ -134,6 +140,31 @@ struct BenchArgs {
     /// Encode at most so many captions and images
     #[arg(long, value_name = "N")]
     limit: Option<usize>,
+    /// One JSON object on standard output
+    #[arg(long)]
+    json: bool,
+}
+
+#[derive(Args)]
+struct CompareSlabArgs {
+    /// Folder of the text encoder
+    #[arg(long, value_name = "DIR")]
+    text_encoder: PathBuf,
+    /// The slab (PREFIX.safetensors) that was built from it
+    #[arg(long, value_name = "SLAB")]
+    slab: PathBuf,
+    /// The three hidden states; a quarter, a half and three quarters of the depth if not given
+    #[arg(long, value_name = "A,B,C", value_delimiter = ',')]
+    states: Option<Vec<usize>>,
+    /// How many captions
+    #[arg(long, value_name = "N", default_value_t = 16)]
+    captions: usize,
+    /// Tokens of a caption, on average
+    #[arg(long, value_name = "N", default_value_t = 140)]
+    tokens: usize,
+    /// cpu, cuda or cuda:N
+    #[arg(long, default_value = "cpu", value_parser = parse_device)]
+    device: DeviceKind,
     /// One JSON object on standard output
     #[arg(long)]
     json: bool,
@@ -273,6 +304,7 @@ pub fn main() -> ExitCode {
     process::main(Role::Encoder, cli.trace.as_deref(), |process| match &cli.command {
         None => job(&cli.job, process),
         Some(Command::Bench(args)) => bench(args, process),
+        Some(Command::CompareSlab(args)) => compare_slab(args, process),
         Some(Command::Cache(command)) => cache(command, process),
         Some(Command::Parity(ParityCommand::Text(args))) => {
             let ParityArgs { model, case, out } = &args.parity;
@@ -334,7 +366,11 @@ fn bench(args: &BenchArgs, process: &Process) -> Result<()> {
             readers: args.readers,
             bytes_max: place.bytes_max,
         };
-        text::bench::run(path, &options, process)?.print(args.json);
+        let model = match &args.slab {
+            Some(slab) => TextModel::Slab { slab, folder: Some(path) },
+            None => TextModel::Checkpoint(path),
+        };
+        text::bench::run(model, &options, process)?.print(args.json);
         return Ok(());
     }
     if let Some(path) = &args.vae {
@@ -344,6 +380,14 @@ fn bench(args: &BenchArgs, process: &Process) -> Result<()> {
     let path = args.config.as_deref().ok_or_else(|| Error::config("bench needs --config, --text-encoder or --vae"))?;
     let config = Config::load(path, &args.overrides.clone().into())?;
     bench::run(&config, args.limit, process)?.print(args.json);
+    Ok(())
+}
+
+fn compare_slab(args: &CompareSlabArgs, process: &Process) -> Result<()> {
+    let states = args.states.as_ref().map(|s| <[usize; 3]>::try_from(s.as_slice())).transpose();
+    let states = states.map_err(|_| Error::config("--states are three numbers").expected("A,B,C"))?;
+    let options = text::compare::Options { states, captions: args.captions, tokens: args.tokens, device: args.device };
+    text::compare::run(&args.text_encoder, &args.slab, &options, process)?.print(args.json);
     Ok(())
 }
 

@@ -13,6 +13,7 @@ use serenity_protocol::config::DeviceKind;
 use serenity_protocol::message::FromChild;
 use serenity_protocol::model_path::ModelPaths;
 use serenity_protocol::process::Process;
+use serenity_protocol::slab::text_encoder::TextModel;
 use serenity_protocol::{Error, Result};
 
 use crate::pixels::Pixels;
@@ -104,15 +105,16 @@ impl Engine<'_> {
             return Ok(());
         }
         let tokenizer = Tokenizer::open(part(self.paths.tokenizer.as_deref(), "tokenizer")?)?;
-        let folder = part(self.paths.text_encoder.as_deref(), "text encoder")?;
-        let encoder = AnyTextEncoder::open(folder, self.device, None, self.place.bytes_max, None)?;
+        let model = TextModel::of(self.paths)?;
+        let encoder = AnyTextEncoder::open(model, self.device, None, self.place.bytes_max, None)?;
         let dtype = encoder.dtype();
         let tokens = works.iter().map(|work| tokenize(&tokenizer, work, self.max_length)).collect::<Result<Vec<_>>>()?;
         let per_token = encoder.bytes_per_token(DType::BF16);
         let sizes: Vec<usize> = tokens.iter().map(|t| t.ids.len().saturating_mul(per_token)).collect();
         let notes = |caption: &str| {
             let start: String = caption.chars().take(CAPTION_NOTE_CHARS).collect();
-            let computed_in = format!("{dtype:?}").to_lowercase();
+            let rows = if matches!(model, TextModel::Slab { .. }) { " from int8 rows" } else { "" };
+            let computed_in = format!("{}{rows}", format!("{dtype:?}").to_lowercase());
             [("caption", start), ("computed_in", computed_in), ("hidden_states", format!("{:?}", self.hidden_states))]
         };
         let depth = self.hidden_states.into_iter().max().unwrap_or(0);

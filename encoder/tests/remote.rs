@@ -111,6 +111,22 @@ fn other_weights_are_refused_even_if_the_refusal_is_damaged() {
     assert_eq!((connections, dir.entries("cache").len()), (2, 0));
 }
 
+#[test]
+fn a_slab_encodes_on_the_other_machine_too() {
+    use serenity_loader::slab_tool::build::{BuildOptions, Component, build};
+    let dir = Dir::new(&CAPTIONS);
+    let options = BuildOptions::new(dir.path("model").to_str().unwrap(), dir.path("text"));
+    build(&BuildOptions { component: Component::TextEncoder, ..options }, &Process::detached(Role::Slab)).unwrap();
+    let set = format!("model.text_encoder_slab_path={}", dir.path("text.safetensors").display());
+    let process = Process::detached(Role::Encoder);
+    run(&dir.config("local", &[&set]), RunOptions::default(), &process).unwrap();
+    let config = dir.config("remote", &[&set, "encoder.host=nowhere"]);
+    let mut connect = || Ok(damaged_link(Kind::Failed, 0, &Arc::new(Mutex::new(false))));
+    let summary = run_with(&config, RunOptions::default(), &process, Some(&mut connect)).unwrap();
+    assert_eq!(counts(summary), (4, 4, 0));
+    assert!(dir.entries("remote") == dir.entries("local"));
+}
+
 /// A server with keys of its own on a port of its own; killed when dropped.
 struct Sshd {
     child: Child,

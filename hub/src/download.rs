@@ -143,7 +143,7 @@ fn needed(description: &Description, id: &HubId, folders: &[&str]) -> Result<Vec
     };
     let mut files: Vec<Sibling> = description.siblings.iter().filter(|s| wanted(&s.rfilename)).cloned().collect();
     files.sort_by(|a, b| (a.bytes(), &a.rfilename).cmp(&(b.bytes(), &b.rfilename)));
-    if !files.iter().any(|f| f.rfilename.starts_with("transformer/")) {
+    if !description.siblings.iter().any(|f| f.rfilename.starts_with("transformer/")) {
         return Err(Error::absent(format!("the repository '{id}' has no folder 'transformer' in the diffusers layout"))
             .advice("a single-file checkpoint is downloaded by hand and given by its path"));
     }

@@ -31,6 +31,8 @@ pub use cache::HubId;
 pub const FOLDERS: &[&str] = &["transformer", "vae", "text_encoder", "tokenizer", "scheduler"];
 /// Folders that a slab is built from.
 pub const TRANSFORMER_ONLY: &[&str] = &["transformer"];
+/// Folders that a text encoder's slab stands for.
+pub const TEXT_ENCODER_ONLY: &[&str] = &["text_encoder"];
 
 /// Makes sure that `model` can be resolved locally. A path that exists, or that is no hub id, is left alone: resolving it explains what is
 /// wrong with it. Of a hub id, the files in `folders` are downloaded unless the local cache has them.

@@ -30,6 +30,8 @@ pub struct ModelPaths {
     pub transformer_config: Option<PathBuf>,
     /// Folder of the text encoder.
     pub text_encoder: Option<PathBuf>,
+    /// INT8 slab that stands for the text encoder's weights. It need not exist where a full cache stands for it.
+    pub text_encoder_slab: Option<PathBuf>,
     /// Folder of the tokenizer.
     pub tokenizer: Option<PathBuf>,
     /// Folder or file of the VAE.
@@ -57,6 +59,7 @@ pub fn resolve(model: &ModelConfig) -> Result<ModelPaths> {
             *part = Some(given.clone());
         }
     }
+    paths.text_encoder_slab = model.text_encoder_slab_path.clone();
     Ok(paths)
 }
 
@@ -83,7 +86,7 @@ pub fn resolve_path(path: &str) -> Result<ModelPaths> {
     // A single file that is gone, beside the folders of the other parts: a slab may stand for it.
     if root.extension().is_some_and(|e| e == "safetensors") {
         let parts = beside(root.parent().filter(|p| !p.as_os_str().is_empty()).unwrap_or(Path::new(".")));
-        if parts.text_encoder.is_some() && parts.vae.is_some() {
+        if has_the_others(&parts) {
             return Ok(ModelPaths { transformer: root.to_path_buf(), ..parts });
         }
     }
@@ -100,9 +103,15 @@ fn beside(folder: &Path) -> ModelPaths {
         transformer: PathBuf::new(),
         transformer_config: None,
         text_encoder: part("text_encoder"),
+        text_encoder_slab: None,
         tokenizer: part("tokenizer"),
         vae: part("vae"),
     }
+}
+
+/// Whether a pipeline's parts beside the transformer are here; a slab may stand for the text encoder too.
+fn has_the_others(parts: &ModelPaths) -> bool {
+    parts.vae.is_some() && (parts.text_encoder.is_some() || parts.tokenizer.is_some())
 }
 
 /// A pipeline folder (with `transformer/`, or without it but with the other parts), or a transformer's own folder (with `config.json`;
@@ -110,7 +119,7 @@ fn beside(folder: &Path) -> ModelPaths {
 fn of_folder(folder: &Path) -> Result<ModelPaths> {
     let inner = folder.join("transformer");
     let parts = beside(folder);
-    let is_pipeline = inner.is_dir() || (parts.text_encoder.is_some() && parts.vae.is_some());
+    let is_pipeline = inner.is_dir() || has_the_others(&parts);
     let (transformer, mut paths) = if is_pipeline {
         (inner, parts)
     } else {

@@ -73,3 +73,24 @@ fn what_cannot_be_made_without_weights_is_named() {
     no_slab["memory"] = json!({ "stagehand": { "squareq_slab_path": lab.path().join("none.safetensors"), "squareq_manifest_path": null } });
     lab.run("serenity-launch", &[&lab.quick_config("no-slab", 1, &no_slab)]).expect(69).says(&["transformer"]);
 }
+
+#[test]
+fn a_text_encoders_slab_stands_for_its_folder() {
+    let lab = Lab::new();
+    let (model, mut settings) = own_model(&lab);
+    let prefix = lab.path().join("text");
+    let build = ["build", "--component", "text_encoder", "--model", model.to_str().unwrap(), "--output", prefix.to_str().unwrap()];
+    lab.run("serenity-slab", &build).expect(0);
+    settings["model"]["text_encoder_slab_path"] = json!(prefix.with_extension("safetensors"));
+    std::fs::remove_dir_all(model.join("text_encoder")).unwrap();
+    std::fs::remove_dir_all(model.join("transformer")).unwrap();
+    // The latents are there, the embeddings are made from the slab; the same again makes nothing.
+    lab.run("serenity-launch", &[&lab.quick_config("made", 3, &settings)]).expect(0);
+    lab.run("serenity-launch", &[&lab.quick_config("cached", 3, &settings)]).expect(0);
+    assert!(lab.lora_tensors("made") == lab.lora_tensors("cached"));
+    settings["model"]["text_encoder_slab_path"] = json!(lab.path().join("none.safetensors"));
+    lab.run("serenity-launch", &[&lab.quick_config("none", 3, &settings)])
+        .expect(69)
+        .says(&["none.safetensors", "--component text_encoder"]);
+    lab.assert_nothing_left();
+}

@@ -144,6 +144,7 @@ impl<'a> Client<'a> {
             model: path,
             vae,
             text_encoder,
+            text_encoder_slab: text(&model.text_encoder_slab_path),
             tokenizer,
             identities: self.plan.identities.clone(),
             hidden_states: self.plan.hidden_states,

@@ -15,7 +15,7 @@ use serde::{Deserialize, Serialize};
 use serenity_protocol::cache::FORMAT_VERSION;
 
 /// Version of the frames and of their order.
-pub const WIRE_VERSION: u32 = 1;
+pub const WIRE_VERSION: u32 = 2;
 
 /// First frame of both sides. Its form never changes, so that any two versions can tell each other apart.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
@@ -43,6 +43,8 @@ struct Job {
     model: String,
     vae: Option<String>,
     text_encoder: Option<String>,
+    /// The text encoder's slab, at the same path on both machines.
+    text_encoder_slab: Option<String>,
     tokenizer: Option<String>,
     /// Identities of text encoder, tokenizer and VAE: both sides must have the same.
     identities: [String; 3],

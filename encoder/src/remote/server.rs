@@ -11,6 +11,7 @@ use serenity_protocol::cache::identity::Memo;
 use serenity_protocol::config::{DeviceKind, ModelConfig};
 use serenity_protocol::model_path::{self, ModelPaths};
 use serenity_protocol::process::Process;
+use serenity_protocol::slab::text_encoder::TextModel;
 use serenity_protocol::{Error, Result};
 
 use super::frame::{self, Frame, Kind};
@@ -149,6 +150,7 @@ fn resolve(job: &Job) -> Result<ModelPaths> {
         path: job.model.clone(),
         vae_path: job.vae.clone().map(PathBuf::from),
         text_encoder_path: job.text_encoder.clone().map(PathBuf::from),
+        text_encoder_slab_path: job.text_encoder_slab.clone().map(PathBuf::from),
         tokenizer_path: job.tokenizer.clone().map(PathBuf::from),
         text_hidden_states: None,
         max_sequence_length: job.max_length,
@@ -156,7 +158,7 @@ fn resolve(job: &Job) -> Result<ModelPaths> {
     let mut memo = Memo::default();
     let missing = |what: &str| Error::absent(format!("the model on the other machine has no {what}"));
     let found = [
-        memo.component(paths.text_encoder.as_deref().ok_or_else(|| missing("text encoder"))?)?,
+        TextModel::of(&paths)?.identity(&mut memo)?,
         memo.tokenizer(paths.tokenizer.as_deref().ok_or_else(|| missing("tokenizer"))?)?,
         memo.component(paths.vae.as_deref().ok_or_else(|| missing("VAE"))?)?,
     ];

@@ -1,12 +1,11 @@
 //! The text encoder on whichever device it was opened for.
 
-use std::path::Path;
-
 use candle_core::{DType, Device};
 use serenity_cuda::{Gpu, Ty};
 use serenity_protocol::Result;
 use serenity_protocol::cache::text_model::TextGeometry;
 use serenity_protocol::config::DeviceKind;
+use serenity_protocol::slab::text_encoder::TextModel;
 
 use super::cuda::{CudaTextEncoder, Settings};
 use super::encode::{Embedding, EncodeTimes, Encoded, Hidden, Task, TextEncoder, together};
@@ -22,20 +21,26 @@ pub enum AnyTextEncoder {
 }
 
 impl AnyTextEncoder {
-    /// Opens the text encoder at `path` for `device`: float32 on the processor, on a GPU bf16 or what `ty` says, with at most `bytes_max` bytes of its
+    /// Opens a text encoder (a path is a checkpoint's) for `device`: float32 on the processor, on a GPU bf16 or what `ty` says, with at most `bytes_max` bytes of its
     /// memory.
     ///
     /// # Errors
     /// As [`TextEncoder::open`] and [`CudaTextEncoder::open`].
-    pub fn open(path: &Path, device: DeviceKind, ty: Option<Ty>, bytes_max: Option<u64>, readers: Option<usize>) -> Result<Self> {
+    pub fn open<'m>(
+        model: impl Into<TextModel<'m>>,
+        device: DeviceKind,
+        ty: Option<Ty>,
+        bytes_max: Option<u64>,
+        readers: Option<usize>,
+    ) -> Result<Self> {
         match device {
             DeviceKind::Cpu => {
                 // bf16 on the processor is for comparison: the same rounding without a GPU.
                 let dtype = if ty == Some(Ty::Bf16) { DType::BF16 } else { DType::F32 };
-                TextEncoder::open(path, Device::Cpu, dtype).map(Self::Cpu)
+                TextEncoder::open(model, Device::Cpu, dtype).map(Self::Cpu)
             }
             DeviceKind::Cuda(ordinal) => {
-                CudaTextEncoder::open(path, Settings { ordinal, ty: ty.unwrap_or(Ty::Bf16), bytes_max, readers }).map(Self::Cuda)
+                CudaTextEncoder::open(model, Settings { ordinal, ty: ty.unwrap_or(Ty::Bf16), bytes_max, readers }).map(Self::Cuda)
             }
         }
     }

@@ -5,7 +5,7 @@
 
 use std::fs::File;
 use std::os::unix::fs::FileExt;
-use std::path::Path;
+use std::path::PathBuf;
 use std::sync::atomic::{AtomicUsize, Ordering};
 use std::time::Instant;
 
@@ -13,10 +13,10 @@ use candle_core::DType;
 use serde::Serialize;
 use serenity_cuda::driver::Pinned;
 use serenity_cuda::{Arena, Event, Gpu, Ty};
-use serenity_protocol::cache::identity::weight_files;
 use serenity_protocol::cache::text_model::TextGeometry;
 use serenity_protocol::config::DeviceKind;
 use serenity_protocol::process::Process;
+use serenity_protocol::slab::text_encoder::TextModel;
 use serenity_protocol::{Error, Result};
 
 use super::any::AnyTextEncoder;
@@ -24,6 +24,8 @@ use crate::tokenizer::Tokens;
 
 /// Bytes of a copy whose rate is measured.
 const COPY_BYTES: usize = 256 << 20;
+/// Tokens of a padded caption.
+pub(super) const MAX_LENGTH: usize = 512;
 /// Bytes of one read.
 const READ_BYTES: usize = 32 << 20;
 /// Bytes of files that are read to measure the storage, at most.
@@ -89,39 +91,48 @@ pub struct Report {
     pub device_bytes_in_use: Option<u64>,
 }
 
-/// Encodes random captions with the text encoder at `path`.
+/// Captions of random ids, from a half to one and a half times `tokens` long.
+///
+/// # Errors
+/// [`Error::Config`] for numbers that make no captions of [`MAX_LENGTH`] tokens.
+pub(super) fn random_captions(g: &TextGeometry, captions: usize, tokens: usize) -> Result<Vec<Tokens>> {
+    if captions == 0 || !(2..=340).contains(&tokens) {
+        return Err(Error::config("--captions must be positive, --tokens from 2 to 340"));
+    }
+    let caption = |i: usize| {
+        let n = tokens / 2 + (i * 7919) % (tokens + 1);
+        Tokens { ids: (0..n).map(|j| ((i * 104_729 + j * 31) % g.vocab) as u32).collect(), cut: 0 }
+    };
+    Ok((0..captions).map(caption).collect())
+}
+
+/// Ends a pass when the process is asked to stop.
+pub(super) fn go_on(process: &Process) -> Result<()> {
+    process.tick();
+    if process.stop_requested() { Err(process.interrupted()) } else { Ok(()) }
+}
+
+/// Encodes random captions with a text encoder: all layers of a checkpoint, or those that a slab holds.
 ///
 /// # Errors
 /// As [`AnyTextEncoder::open`] and [`AnyTextEncoder::encode`].
-pub fn run(path: &Path, options: &Options, process: &Process) -> Result<Report> {
-    if options.captions == 0 || options.tokens < 2 || options.tokens > 340 {
-        return Err(Error::config("--captions must be positive, --tokens from 2 to 340"));
-    }
+pub fn run(model: TextModel, options: &Options, process: &Process) -> Result<Report> {
     let opened = Instant::now();
-    let encoder = AnyTextEncoder::open(path, options.device, None, options.bytes_max, options.readers)?;
+    let encoder = AnyTextEncoder::open(model, options.device, None, options.bytes_max, options.readers)?;
     let open_seconds = opened.elapsed().as_secs_f64();
     let g = encoder.geometry().clone();
-    let states = [g.layers / 3, 2 * g.layers / 3, g.layers];
-    let captions: Vec<Tokens> = (0..options.captions)
-        .map(|i| {
-            // From a half to one and a half of the average.
-            let n = options.tokens / 2 + (i * 7919) % (options.tokens + 1);
-            Tokens { ids: (0..n).map(|j| ((i * 104_729 + j * 31) % g.vocab) as u32).collect(), cut: 0 }
-        })
-        .collect();
-    let go_on = |_: u64, _: u64| {
-        process.tick();
-        if process.stop_requested() { Err(process.interrupted()) } else { Ok(()) }
-    };
+    let layers = model.layers()?;
+    let states = [layers / 3, 2 * layers / 3, layers];
+    let captions = random_captions(&g, options.captions, options.tokens)?;
     let started = Instant::now();
-    let encoded = encoder.encode(&captions, 0, states, 512, DType::BF16, &mut { go_on })?;
+    let encoded = encoder.encode(&captions, 0, states, MAX_LENGTH, DType::BF16, &mut |_, _| go_on(process))?;
     let seconds = started.elapsed().as_secs_f64();
     let times = encoded.times;
     let in_use = encoder.gpu().map(Gpu::memory).transpose()?.map(|m| m.total - m.free);
     let tokens: usize = captions.iter().map(|c| c.ids.len()).sum();
-    let weight_bytes = if times.weight_bytes > 0 { times.weight_bytes } else { 2 * times.weight_params };
+    let weight_bytes = times.weight_bytes;
     let threads = options.readers.unwrap_or_else(|| std::thread::available_parallelism().map_or(1, usize::from));
-    let read_rate = read_rate(path, threads)?;
+    let read_rate = read_rate(&model.weight_files()?, threads)?;
     let (bus_rate, product_rate) = match encoder.gpu() {
         Some(gpu) => (bus_rate(gpu)?, device_product_rate(gpu, &g, tokens)?),
         None => (f64::INFINITY, crate::bench::product_rate(1024, g.hidden, g.intermediate, &candle_core::Device::Cpu, DType::F32)?),
@@ -131,7 +142,7 @@ pub fn run(path: &Path, options: &Options, process: &Process) -> Result<Report> 
         device: encoder.gpu().map_or_else(|| "cpu".to_string(), |gpu| gpu.properties().name.clone()),
         captions: captions.len(),
         tokens,
-        layers: g.layers,
+        layers,
         weight_bytes,
         open_seconds,
         seconds,
@@ -151,12 +162,12 @@ pub fn run(path: &Path, options: &Options, process: &Process) -> Result<Report> 
     })
 }
 
-/// Bytes a second of reads of the component's weight files by so many threads, each with a buffer of its own.
-fn read_rate(path: &Path, threads: usize) -> Result<f64> {
+/// Bytes a second of reads of weight files by so many threads, each with a buffer of its own.
+fn read_rate(files: &[PathBuf], threads: usize) -> Result<f64> {
     let mut pieces = Vec::new();
     let mut all = 0u64;
-    for file in weight_files(path)? {
-        let bytes = std::fs::metadata(&file).map_err(|e| Error::io("cannot look at the weight file", &file, e))?.len();
+    for file in files {
+        let bytes = std::fs::metadata(file).map_err(|e| Error::io("cannot look at the weight file", file, e))?.len();
         for start in (0..bytes).step_by(READ_BYTES) {
             if all < READ_MOST {
                 let length = (bytes - start).min(READ_BYTES as u64);

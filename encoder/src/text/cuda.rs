@@ -13,7 +13,6 @@
 mod leaving;
 mod pass;
 
-use std::path::Path;
 use std::time::Instant;
 
 use candle_core::DType;
@@ -22,7 +21,7 @@ use serenity_cuda::arena::ALIGNMENT;
 use serenity_cuda::ops::text::{Captions, GroupedHeads, HEAD_DIM_MAX};
 use serenity_cuda::{Arena, Gpu, Mat, Ptr, Ty};
 use serenity_protocol::cache::text_model::TextGeometry;
-use serenity_protocol::checkpoint::Checkpoint;
+use serenity_protocol::slab::text_encoder::TextModel;
 use serenity_protocol::{Error, Result};
 
 use self::pass::Pass;
@@ -111,22 +110,28 @@ fn no_device(e: Error) -> Error {
 }
 
 impl CudaTextEncoder {
-    /// Opens the text encoder at `path` (folder or file) and the device, and loads what will run there. Reads no weights yet.
+    /// Opens a text encoder (a path is a checkpoint's, folder or file) and the device, and loads what will run there. Reads no weights yet.
     ///
     /// # Errors
     /// [`Error::Absent`] without files, driver or device; [`Error::Data`] for files that are no Mistral text encoder, or heads that the device's attention does
     /// not know.
-    pub fn open(path: &Path, settings: Settings) -> Result<Self> {
-        let geometry = TextGeometry::read(path)?;
+    pub fn open<'m>(model: impl Into<TextModel<'m>>, settings: Settings) -> Result<Self> {
+        let model = model.into();
+        let weights = TextWeights::open(model)?;
+        if let Some(slab) = weights.slab() {
+            return Err(Error::absent("INT8 slab not on a GPU yet")
+                .at(slab.slab().path())
+                .advice("set \"train_device\": \"cpu\", or remove model.text_encoder_slab_path"));
+        }
+        let geometry = weights.geometry().clone();
         let heads = GroupedHeads { queries: geometry.heads, keys: geometry.kv_heads, head_dim: geometry.head_dim };
         if heads.head_dim > HEAD_DIM_MAX {
             return Err(Error::data("the text encoder's heads are too wide for a GPU")
-                .at(path)
+                .at(model.path())
                 .expected(format!("at most {HEAD_DIM_MAX} features"))
                 .found(heads.head_dim)
                 .advice("set \"train_device\": \"cpu\""));
         }
-        let weights = TextWeights::new(Checkpoint::open(path)?, geometry.clone())?;
         let gpu = Gpu::open(settings.ordinal).map_err(no_device)?;
         let info = gpu.memory()?;
         let context = info.total.saturating_sub(info.free + info.used_by_process_estimate).min(CONTEXT_MAX);
@@ -176,7 +181,7 @@ impl CudaTextEncoder {
         let plan = self.plan(captions, task.max_length, places.first().map_or(0, |p| p.bytes))?;
         let arena = tracing::trace_span!("device memory").in_scope(|| Arena::new(&self.gpu, plan.bytes))?;
         let mut times = EncodeTimes::default();
-        let parts: Vec<_> = places.iter().map(|p| p.parts.clone()).collect();
+        let parts = places.iter().map(LayerPlaces::float_parts).collect::<Result<Vec<_>>>()?;
         let jobs = Jobs::new(&parts, self.ty);
         let places_at = [arena.reserve(plan.layer)?, arena.reserve(plan.layer)?];
         let feed = Feed::new(self.gpu.context(), &jobs, places.len(), places_at)?;

@@ -8,15 +8,16 @@
 
 use std::collections::HashMap;
 use std::ops::Range;
-use std::path::{Path, PathBuf};
+use std::path::PathBuf;
 use std::sync::mpsc::{Receiver, sync_channel};
 use std::time::{Duration, Instant};
 
 use candle_core::{DType, Device, Tensor};
 use half::bf16;
+use serenity_cuda::Ty;
 use serenity_protocol::cache::TextEntry;
 use serenity_protocol::cache::text_model::TextGeometry;
-use serenity_protocol::checkpoint::Checkpoint;
+use serenity_protocol::slab::text_encoder::TextModel;
 use serenity_protocol::{Error, Result};
 
 use super::direct::{DIRECT_FILE_BYTES_MIN, DirectReader};
@@ -92,7 +93,7 @@ pub struct EncodeTimes {
     pub flops: f64,
     /// Taking memory (page-locking is slow) and embedding the captions, on a device; the first layers are read meanwhile.
     pub setup: Duration,
-    /// Bytes of weights that came from files, where that was counted.
+    /// Bytes of the layers in the files.
     pub weight_bytes: u64,
     /// Bytes of device memory beside the context by the driver's figure, on a device.
     pub device_bytes: Option<u64>,
@@ -258,13 +259,13 @@ pub(super) fn together(captions: usize, pass: impl FnOnce(Sink) -> Result<Encode
 }
 
 impl TextEncoder {
-    /// Opens the text encoder at `path` (folder or file). Reads no weights yet.
+    /// Opens a text encoder: a checkpoint's folder or file, or a slab. Reads no weights yet (but a slab's scales).
     ///
     /// # Errors
     /// [`Error::Absent`] for missing files, [`Error::Data`] for files that are no Mistral text encoder.
-    pub fn open(path: &Path, device: Device, dtype: DType) -> Result<Self> {
-        let geometry = TextGeometry::read(path)?;
-        let weights = TextWeights::new(Checkpoint::open(path)?, geometry.clone())?;
+    pub fn open<'m>(model: impl Into<TextModel<'m>>, device: Device, dtype: DType) -> Result<Self> {
+        let weights = TextWeights::open(model.into())?;
+        let geometry = weights.geometry().clone();
         Ok(Self { weights, geometry, device, dtype })
     }
 
@@ -303,7 +304,8 @@ impl TextEncoder {
     /// order, and the row of every pad.
     ///
     /// # Errors
-    /// What `progress` and `sink` return; [`Error::Data`] for malformed weights; failures of the device and of the file for hidden states.
+    /// What `progress` and `sink` return; [`Error::Data`] for malformed or corrupt weights; [`Error::Config`] for states that a slab lacks layers
+    /// for; failures of the device and of the file for hidden states.
     pub fn encode_to(
         &self,
         captions: &[Tokens],
@@ -312,6 +314,7 @@ impl TextEncoder {
         progress: &mut dyn FnMut(u64, u64) -> Result<()>,
         sink: &mut dyn FnMut(usize, Embedding, &Embedding) -> Result<()>,
     ) -> Result<EncodeTimes> {
+        self.weights.check_states(&task.states)?;
         let depth = task.states.into_iter().max().unwrap_or(0);
         let store = match &task.hidden {
             Hidden::Memory => HiddenStore::memory(),
@@ -322,6 +325,10 @@ impl TextEncoder {
         let mut pass = Pass { encoder: self, task, packs: packs(captions, PACK_ROWS), positions, store, pad, pad_kept: [None, None, None] };
         pass.embed(captions)?;
         let mut times = EncodeTimes::default();
+        for layer in 0..depth {
+            // What is missing or misshapen is found before anything is computed.
+            times.weight_bytes += self.weights.places(layer, Ty::F32)?.file_bytes();
+        }
         std::thread::scope(|scope| {
             // Rendezvous: the reader holds one finished layer until it is taken, then reads the next.
             let (sender, receiver) = sync_channel(0);
@@ -389,6 +396,7 @@ fn next_layer(receiver: &Receiver<Result<(LayerWeights, Duration)>>, times: &mut
 mod tests {
     #![allow(clippy::unwrap_used, clippy::expect_used)]
     use super::*;
+    use std::path::Path;
 
     fn encoder() -> TextEncoder {
         let path = Path::new(concat!(env!("CARGO_MANIFEST_DIR"), "/../tests/fixtures/goldens/model/text_encoder"));

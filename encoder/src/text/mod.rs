@@ -10,6 +10,7 @@
 mod any;
 pub mod bench;
 pub mod check;
+pub mod compare;
 mod cuda;
 mod direct;
 mod encode;

@@ -8,12 +8,12 @@ use std::path::{Path, PathBuf};
 use super::entry::looks_whole;
 use super::identity::{Memo, feed};
 use super::record::Records;
-use super::text_model::TextGeometry;
 use super::{FORMAT_VERSION, LatentEntry, TextEntry};
 use crate::config::Config;
 use crate::dataset::Sample;
 use crate::error::{Error, Result};
 use crate::model_path::ModelPaths;
+use crate::slab::text_encoder::{TextModel, TextSlab};
 
 /// Version of the chat template and system message; part of every text key.
 const TEMPLATE: &str = "flux2 system message 1";
@@ -184,17 +184,26 @@ impl CachePlan {
     ///
     /// # Errors
     /// [`Error::Absent`] where the model has no text encoder, tokenizer or VAE (weights that an earlier plan saw may be gone), or an image
-    /// cannot be read; [`Error::Config`] for hidden
-    /// states that the encoder lacks; [`Error::Data`] for malformed model files.
+    /// cannot be read; [`Error::Config`] for hidden states that the encoder or its slab lacks; [`Error::Data`] for malformed model files and
+    /// for a slab of something else.
     pub fn with_check(config: &Config, paths: &ModelPaths, samples: &[Sample], check: Check) -> Result<Self> {
-        let text_encoder = component(paths.text_encoder.as_deref(), "text encoder", "model.text_encoder_path")?;
+        let text_encoder = TextModel::of(paths)?;
         let tokenizer = component(paths.tokenizer.as_deref(), "tokenizer", "model.tokenizer_path")?;
         let vae = component(paths.vae.as_deref(), "VAE", "model.vae_path")?;
         let folder = config.data.cache_dir.clone();
         let mut memo = Memo::open(&folder);
-        let hidden_states = TextGeometry::read(text_encoder)?.hidden_states(config.model.text_hidden_states)?;
+        let hidden_states = text_encoder.geometry()?.hidden_states(config.model.text_hidden_states)?;
         let mut records = Records::open(&folder);
-        let (text_id, text_there) = records.identify(&mut memo, text_encoder, "text encoder")?;
+        let (text_id, text_there) = match text_encoder {
+            TextModel::Checkpoint(path) => records.identify(&mut memo, path, "text encoder")?,
+            TextModel::Slab { slab: path, folder } => {
+                let slab = TextSlab::open_beside(path, folder);
+                if let Ok(slab) = &slab {
+                    slab.check_states(&hidden_states)?;
+                }
+                records.identify_as(&mut memo, path, folder, "text encoder slab", slab.map(|s| s.identity()))?
+            }
+        };
         let (vae_id, vae_there) = records.identify(&mut memo, vae, "VAE")?;
         let tokenizer_id = memo.tokenizer(tokenizer)?;
         let mut this = Self {

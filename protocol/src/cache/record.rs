@@ -22,7 +22,7 @@ const RECORD_FILE: &str = "components.json";
 
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 struct Note {
-    /// `text encoder` or `VAE`.
+    /// `text encoder`, `text encoder slab` or `VAE`.
     kind: String,
     /// Digest of `config.json`.
     config: String,
@@ -63,10 +63,25 @@ impl Records {
     /// # Errors
     /// As [`Memo::component`]; [`Error::Absent`] for missing weights of which there is no note.
     pub fn identify(&mut self, memo: &mut Memo, path: &Path, kind: &str) -> Result<(String, bool)> {
-        let config = config_file(path);
-        let config = if config.is_file() { memo.digest(&config)? } else { String::new() };
+        let found = memo.component(path);
+        self.identify_as(memo, path, Some(path), kind, found)
+    }
+
+    /// As [`Self::identify`], where the identity was `found` in another way and `config.json` is that of another component, if any.
+    ///
+    /// # Errors
+    /// As there, with `found`'s error.
+    pub fn identify_as(
+        &mut self,
+        memo: &mut Memo,
+        path: &Path,
+        config_of: Option<&Path>,
+        kind: &str,
+        found: Result<String>,
+    ) -> Result<(String, bool)> {
+        let config = config_of.map(config_file).filter(|c| c.is_file()).map_or(Ok(String::new()), |c| memo.digest(&c))?;
         let name = path.canonicalize().unwrap_or_else(|_| path.to_path_buf()).to_string_lossy().into_owned();
-        match memo.component(path) {
+        match found {
             Ok(identity) => {
                 let note = Note { kind: kind.to_owned(), config, identity: identity.clone() };
                 self.changed |= self.notes.get(&name) != Some(&note);

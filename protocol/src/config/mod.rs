@@ -76,6 +76,8 @@ pub struct ModelConfig {
     pub vae_path: Option<PathBuf>,
     /// Text encoder folder, if not the model's own `text_encoder/`.
     pub text_encoder_path: Option<PathBuf>,
+    /// INT8 slab (`.safetensors`; manifest and companion beside it) that stands for the text encoder's weights, if any.
+    pub text_encoder_slab_path: Option<PathBuf>,
     /// Tokenizer folder, if not the model's own `tokenizer/`.
     pub tokenizer_path: Option<PathBuf>,
     /// Indices into the text encoder's hidden states (0 = embeddings). Default: a quarter, a half and three quarters of its depth,

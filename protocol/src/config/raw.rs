@@ -103,6 +103,7 @@ pub(super) struct RawModel {
     pub dtype: Option<String>,
     pub vae_path: Option<PathBuf>,
     pub text_encoder_path: Option<PathBuf>,
+    pub text_encoder_slab_path: Option<PathBuf>,
     pub tokenizer_path: Option<PathBuf>,
     pub text_hidden_states: Option<[usize; 3]>,
     pub max_sequence_length: Option<usize>,

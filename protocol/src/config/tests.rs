@@ -239,6 +239,18 @@ fn keys_without_meaning_are_accepted_only_when_they_change_nothing() {
 }
 
 #[test]
+fn a_text_encoders_slab_is_off_unless_it_is_named() {
+    let given = |path: &str| minimal_with(&json!({"model": {"text_encoder_slab_path": path}}));
+    assert_eq!(minimal_with(&json!({})).unwrap().model.text_encoder_slab_path, None);
+    assert_eq!(given("a/text.safetensors").unwrap().model.text_encoder_slab_path, Some("a/text.safetensors".into()));
+    assert!(refusal(given("a/text")).contains("must end in .safetensors"));
+    let message = refusal(minimal_with(&json!({"model": {"text_encoder_slab": "x"}})));
+    assert!(message.contains("did you mean `text_encoder_slab_path`?"), "{message}");
+    let set = Overrides { set: vec!["model.text_encoder_slab_path=t.safetensors".into()], ..Overrides::default() };
+    assert_eq!(load(&case_study_with_data(), &set).unwrap().model.text_encoder_slab_path, Some("t.safetensors".into()));
+}
+
+#[test]
 fn set_changes_any_key_before_it_is_checked() {
     let set = |all: &[&str]| Overrides { set: all.iter().map(|s| s.to_string()).collect(), ..Overrides::default() };
     let c = load(

@@ -258,8 +258,13 @@ fn model(raw: &RawConfig) -> Result<ModelConfig> {
         Error::config("`model.path` is missing")
             .advice("give a folder in the Hugging Face layout, a .safetensors file, or a hub id such as black-forest-labs/FLUX.2-dev")
     })?;
+    let slab = raw.model.text_encoder_slab_path.clone();
+    if let Some(slab) = slab.as_ref().filter(|s| s.extension().is_none_or(|e| e != "safetensors")) {
+        return Err(Error::config("`model.text_encoder_slab_path` must end in .safetensors").found(slab.display()));
+    }
     Ok(ModelConfig {
         path,
+        text_encoder_slab_path: slab,
         vae_path: raw.model.vae_path.clone(),
         text_encoder_path: raw.model.text_encoder_path.clone(),
         tokenizer_path: raw.model.tokenizer_path.clone(),

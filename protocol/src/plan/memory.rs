@@ -22,6 +22,7 @@ use crate::config::{ComputeDtype, Config, DeviceKind, MemoryStrategy};
 use crate::error::{Error, Result};
 use crate::geometry::{BlockId, TransformerGeometry};
 use crate::model_path::ModelPaths;
+use crate::slab::text_encoder::TextModel;
 
 /// Where the ring's segment lives.
 pub(super) const SHM: &str = "/dev/shm";
@@ -119,10 +120,7 @@ pub(super) fn predict(
 ) -> Result<MemoryPlan> {
     let trainer = trainer(config, geometry, adapter_parameters);
     let ring = (config.memory.strategy == MemoryStrategy::Stagehand).then(|| pool::ring_memory(config, geometry, total(&trainer)));
-    let encoder = match &paths.text_encoder {
-        Some(path) if !cache.is_complete() => encoder(config, &TextGeometry::read(path)?, cache),
-        _ => Vec::new(),
-    };
+    let encoder = if cache.is_complete() { Vec::new() } else { encoder(config, &TextModel::of(paths)?.geometry()?, cache) };
     check(config, ring.as_ref(), total(&trainer), notices, problems);
     Ok(MemoryPlan { ring, trainer, encoder })
 }

@@ -17,11 +17,12 @@ use safetensors::Dtype;
 use serde::{Deserialize, Serialize};
 
 use super::{Slab, SlabLayer};
+use crate::cache::identity::{Memo, weight_files};
 use crate::cache::text_model::{TextGeometry, config_file};
 use crate::checkpoint::Checkpoint;
 use crate::error::{Error, Result};
 use crate::geometry::LinearSpec;
-use crate::model_path::SourcePlace;
+use crate::model_path::{ModelPaths, SourcePlace};
 
 /// The linears of a layer, in the order in which a forward pass needs them and in which they lie in the file.
 pub const LAYER_LINEARS: [&str; 7] =
@@ -115,6 +116,30 @@ impl TextSlab {
         Self::new(Slab::open(slab, manifest)?)
     }
 
+    /// As [`Self::open`], with the manifest where the builder puts it, in place of the checkpoint in `folder`, if there is one: a `config.json`
+    /// there must be of the same encoder.
+    ///
+    /// # Errors
+    /// As [`Self::open`]; [`Error::Data`] for another encoder's `config.json`.
+    pub fn open_beside(path: &Path, folder: Option<&Path>) -> Result<Self> {
+        if !path.is_file() {
+            return Err(Error::absent("the text encoder's slab does not exist")
+                .at(path)
+                .advice("build it with `serenity-slab build --component text_encoder`, or correct model.text_encoder_slab_path"));
+        }
+        let this = Self::open(path, &path.with_extension("manifest.json"))?;
+        let Some(folder) = folder.filter(|f| config_file(f).is_file()) else { return Ok(this) };
+        let (expected, found) = (TextGeometry::read(folder)?, &this.shape.geometry);
+        if *found != expected {
+            return Err(Error::data("the text encoder's slab is of another text encoder than config.json")
+                .at(path)
+                .expected(format!("{expected:?} ({})", config_file(folder).display()))
+                .found(format!("{found:?}"))
+                .advice("build a slab of this text encoder, or correct model.text_encoder_slab_path or model.text_encoder_path"));
+        }
+        Ok(this)
+    }
+
     /// The same of a slab that is open.
     ///
     /// # Errors
@@ -133,6 +158,15 @@ impl TextSlab {
         let companion = slab.companion().filter(|path| path.is_file()).map(Path::to_path_buf).ok_or_else(|| {
             Error::absent("the text encoder's slab has no companion file").at(slab.path()).advice("copy PREFIX.other.safetensors too")
         })?;
+        let stated = additions.and_then(|a| a.companion.as_ref()).map_or(0, |c| c.bytes);
+        let bytes = std::fs::metadata(&companion).map_err(|e| Error::io("cannot look at the companion file", &companion, e))?.len();
+        if bytes != stated {
+            return Err(Error::data("the companion of the text encoder's slab has another length than the manifest says")
+                .at(&companion)
+                .expected(format!("{stated} bytes"))
+                .found(format!("{bytes} bytes"))
+                .advice("copy PREFIX.other.safetensors again, or build the slab again"));
+        }
         Ok(Self { slab, shape, companion })
     }
 
@@ -175,6 +209,24 @@ impl TextSlab {
         linears.iter().map(|l| self.slab.layer_for(l).map_err(|problem| Error::invariant(problem).at(self.slab.path()))).collect()
     }
 
+    /// XXH3-64 of a linear's codes and of its scales, to be compared when they are read.
+    ///
+    /// # Errors
+    /// [`Error::Data`] if the manifest does not state them.
+    pub fn hashes(&self, linear: &SlabLayer) -> Result<(u64, u64)> {
+        let manifest = self.slab.manifest();
+        let stated = || {
+            let at = manifest.layers.binary_search_by(|l| l.canonical_name.as_str().cmp(&linear.name)).ok()?;
+            let (layer, tensors) = (manifest.layers.get(at)?, &manifest.serenity.as_ref()?.tensor_xxh3);
+            Some((tensors.get(&layer.qweight_key)?.0, tensors.get(&layer.scale_key)?.0))
+        };
+        stated().ok_or_else(|| {
+            Error::data(format!("the manifest states no checksums of linear '{}'", linear.name))
+                .at(self.slab.manifest_path())
+                .advice("build the slab again")
+        })
+    }
+
     /// The run of the file that holds a layer's codes and scales: one sequential read. In a slab of another layout it may hold more.
     ///
     /// # Errors
@@ -215,6 +267,100 @@ impl TextSlab {
             hasher.update(format!("{:?}", self.shape.geometry).as_bytes());
         }
         format!("int8 slab {}", hasher.finalize().to_hex())
+    }
+}
+
+/// Where a text encoder's weights are: in a checkpoint, or in the slab that stands for it.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum TextModel<'a> {
+    /// A folder with `config.json`, or a weight file beside one.
+    Checkpoint(&'a Path),
+    /// A slab.
+    Slab {
+        /// `PREFIX.safetensors`; `PREFIX.manifest.json` and the companion lie beside it.
+        slab: &'a Path,
+        /// The checkpoint's folder, if there is one. Nothing in it is read but `config.json`, which must be of the same encoder; the geometry
+        /// is the slab's own, so that the folder may be missing.
+        folder: Option<&'a Path>,
+    },
+}
+
+impl<'a> From<&'a Path> for TextModel<'a> {
+    fn from(path: &'a Path) -> Self {
+        Self::Checkpoint(path)
+    }
+}
+
+impl<'a> TextModel<'a> {
+    /// The text encoder of a model: its slab if one is named.
+    ///
+    /// # Errors
+    /// [`Error::Absent`] if there is neither.
+    pub fn of(paths: &'a ModelPaths) -> Result<Self> {
+        let folder = paths.text_encoder.as_deref();
+        if let Some(slab) = paths.text_encoder_slab.as_deref() {
+            return Ok(Self::Slab { slab, folder });
+        }
+        folder.map(Self::Checkpoint).ok_or_else(|| {
+            Error::absent("the model has no text encoder")
+                .advice("set model.text_encoder_path in the configuration, or point model.path at a folder in the Hugging Face layout")
+        })
+    }
+
+    /// The checkpoint's folder or file, or the slab.
+    #[must_use]
+    pub fn path(&self) -> &'a Path {
+        match *self {
+            Self::Checkpoint(path) | Self::Slab { slab: path, .. } => path,
+        }
+    }
+
+    /// The files that weights are read from: a checkpoint's, or slab and companion.
+    ///
+    /// # Errors
+    /// As [`weight_files`] and [`TextSlab::open_beside`].
+    pub fn weight_files(&self) -> Result<Vec<PathBuf>> {
+        match *self {
+            Self::Checkpoint(path) => weight_files(path),
+            Self::Slab { slab, folder } => Ok(vec![slab.to_path_buf(), TextSlab::open_beside(slab, folder)?.companion]),
+        }
+    }
+
+    /// Layers whose weights are there: a checkpoint's, or those in the slab.
+    ///
+    /// # Errors
+    /// As [`TextGeometry::read`] and [`TextSlab::open_beside`].
+    pub fn layers(&self) -> Result<usize> {
+        match *self {
+            Self::Checkpoint(path) => TextGeometry::read(path).map(|g| g.layers),
+            Self::Slab { slab, folder } => TextSlab::open_beside(slab, folder).map(|s| s.shape.layers),
+        }
+    }
+
+    /// The encoder's shape. Of a slab that is gone it is that of `config.json`: entries that it made are still found.
+    ///
+    /// # Errors
+    /// As [`TextGeometry::read`] and [`TextSlab::open_beside`].
+    pub fn geometry(&self) -> Result<TextGeometry> {
+        let (slab, folder) = match *self {
+            Self::Checkpoint(path) => return TextGeometry::read(path),
+            Self::Slab { slab, folder } => (slab, folder),
+        };
+        match (TextSlab::open_beside(slab, folder), folder.map(TextGeometry::read)) {
+            (Err(Error::Absent(_)), Some(Ok(geometry))) => Ok(geometry),
+            (slab, _) => slab.map(|s| s.shape.geometry),
+        }
+    }
+
+    /// What cache keys are made from: the weights that compute.
+    ///
+    /// # Errors
+    /// As [`Memo::component`] and [`TextSlab::open_beside`].
+    pub fn identity(&self, memo: &mut Memo) -> Result<String> {
+        match *self {
+            Self::Checkpoint(path) => memo.component(path),
+            Self::Slab { slab, folder } => TextSlab::open_beside(slab, folder).map(|s| s.identity()),
+        }
     }
 }
 
