@@ -33,7 +33,15 @@ fi
 status=0
 for section in "${sections[@]}"; do
   case $section in
-    check) "$encoder" gpu-check || status=1 ;;
+    check)
+      small=$(mktemp -d) || exit 69
+      if "$bin/serenity-slab" build --model tests/fixtures/goldens/model --component text_encoder --output "$small/text" > /dev/null; then
+        "$encoder" gpu-check --slab "$small/text.safetensors" || status=1
+      else
+        status=1
+      fi
+      rm -rf "$small"
+      ;;
     layer)
       if python3 -c 'import torch, transformers, safetensors' 2> /dev/null; then
         python3 scripts/check_text_layer.py --encoder "$encoder" --device cuda || status=1

@@ -236,6 +236,9 @@ struct GpuCheckArgs {
     /// The reference's folder with `model` and `cases`
     #[arg(long, default_value = "tests/fixtures/goldens", value_name = "DIR")]
     goldens: PathBuf,
+    /// An INT8 slab of a small text encoder (`serenity-slab build --component text_encoder`), to be read on the device too
+    #[arg(long, value_name = "FILE")]
+    slab: Option<PathBuf>,
     /// The device, in the driver's order
     #[arg(long, default_value_t = 0)]
     device: usize,
@@ -346,7 +349,7 @@ fn gpu_check(args: &GpuCheckArgs) -> Result<()> {
         println!("==================================================================");
         return Ok(());
     }
-    let text = text::check::gpu_check(args.device, &args.goldens)?;
+    let text = text::check::gpu_check(args.device, &args.goldens, args.slab.as_deref())?;
     let (done, failed) = vae::check::gpu_check(args.device, &args.goldens)?;
     let (done, failed) = (done + text.done, failed + text.failed);
     println!("{done} cases, {failed} failed");

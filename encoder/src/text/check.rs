@@ -10,6 +10,7 @@ use serenity_cuda::Ty;
 use serenity_protocol::cache::text_model::TextGeometry;
 use serenity_protocol::checkpoint::Checkpoint;
 use serenity_protocol::config::DeviceKind;
+use serenity_protocol::slab::text_encoder::{TextModel, TextSlab};
 use serenity_protocol::{Error, Result};
 
 use super::encode::{Encoded, Hidden, Task};
@@ -69,11 +70,11 @@ fn all(encoded: &Encoded) -> Result<Vec<f32>> {
     Ok(values)
 }
 
-/// Runs all cases on device `ordinal`; `goldens` is the reference's folder with `model` and `cases`.
+/// Runs all cases on device `ordinal`; `goldens` is the reference's folder with `model` and `cases`, `slab` an INT8 slab of any small text encoder.
 ///
 /// # Errors
 /// What opening the device or the reference, and encoding report. Cases that fail are counted.
-pub fn gpu_check(ordinal: usize, goldens: &Path) -> Result<Tally> {
+pub fn gpu_check(ordinal: usize, goldens: &Path, slab: Option<&Path>) -> Result<Tally> {
     let mut tally = Tally::default();
     let folder = tempfile::tempdir().map_err(|e| Error::absent("there is no folder for temporary files").cause(e))?;
     golden(&mut tally, ordinal, goldens, folder.path())?;
@@ -87,9 +88,41 @@ pub fn gpu_check(ordinal: usize, goldens: &Path) -> Result<Tally> {
     for (index, (name, geometry)) in geometries.iter().enumerate() {
         let path = folder.path().join(format!("model-{index}"));
         synth::write(&path, geometry, 5 + index as u64)?;
-        geometry_cases(&mut tally, ordinal, name, &path, folder.path())?;
+        geometry_cases(&mut tally, ordinal, name, TextModel::Checkpoint(&path), folder.path())?;
+    }
+    match slab {
+        Some(slab) => {
+            geometry_cases(&mut tally, ordinal, "INT8 slab", TextModel::Slab { slab, folder: None }, folder.path())?;
+            damaged_slab(&mut tally, ordinal, slab, folder.path())?;
+        }
+        None => println!("SKIPPED: no --slab. An INT8 slab was not read on CUDA."),
     }
     Ok(tally)
+}
+
+/// A flipped bit in the second layer's codes must end the pass.
+fn damaged_slab(tally: &mut Tally, ordinal: usize, slab: &Path, folder: &Path) -> Result<()> {
+    let manifest = slab.with_extension("manifest.json");
+    let failed = |e| Error::io("cannot copy the slab", slab, e);
+    let at = TextSlab::open_beside(slab, None)?.layer_bytes(1)?;
+    let mut copy = None;
+    for file in [slab, &manifest, &slab.with_extension("other.safetensors")] {
+        let to = folder.join(file.file_name().unwrap_or_default());
+        std::fs::copy(file, &to).map_err(failed)?;
+        copy.get_or_insert(to);
+    }
+    let copy = copy.ok_or_else(|| Error::invariant("a slab has no files"))?;
+    let mut bytes = std::fs::read(&copy).map_err(failed)?;
+    if let Some(byte) = bytes.get_mut((at.start + (at.end - at.start) / 3) as usize) {
+        *byte ^= 4;
+    }
+    std::fs::write(&copy, bytes).map_err(failed)?;
+    let model = TextModel::Slab { slab: &copy, folder: None };
+    let encoder = AnyTextEncoder::open(model, DeviceKind::Cuda(ordinal), Some(Ty::Bf16), None, Some(3))?;
+    let caption = Tokens { ids: vec![1, 2, 3], cut: 0 };
+    let result = encoder.encode(&[caption], 11, [0, 2, 4], MAX_LENGTH, DType::F32, &mut |_, _| Ok(()));
+    tally.holds("INT8 slab: a flipped bit ends the pass with exit 65", result.is_err_and(|e| e.exit_code() == 65));
+    Ok(())
 }
 
 fn golden(tally: &mut Tally, ordinal: usize, goldens: &Path, folder: &Path) -> Result<()> {
@@ -104,17 +137,17 @@ fn golden(tally: &mut Tally, ordinal: usize, goldens: &Path, folder: &Path) -> R
     Ok(())
 }
 
-fn geometry_cases(tally: &mut Tally, ordinal: usize, name: &str, path: &Path, folder: &Path) -> Result<()> {
-    let states = [0, 2, 4];
+fn geometry_cases(tally: &mut Tally, ordinal: usize, name: &str, model: TextModel, folder: &Path) -> Result<()> {
+    let (states, vocab) = ([0, 2, 4], model.geometry()?.vocab);
     let lengths = [1, 40, 7, 127, 128, 129, 199, 64, 65, 200, 32, 33, 31];
     let captions: Vec<Tokens> = lengths
         .iter()
         .cycle()
         .take(60)
         .enumerate()
-        .map(|(i, n)| Tokens { ids: (0..*n).map(|j| ((i * 7919 + j * 104_729) % 997) as u32).collect(), cut: 0 })
+        .map(|(i, n)| Tokens { ids: (0..*n).map(|j| ((i * 7919 + j * 104_729) % vocab) as u32).collect(), cut: 0 })
         .collect();
-    let open = |device, ty, bytes_max| AnyTextEncoder::open(path, device, Some(ty), bytes_max, Some(3));
+    let open = |device, ty, bytes_max| AnyTextEncoder::open(model, device, Some(ty), bytes_max, Some(3));
     let encode =
         |encoder: &AnyTextEncoder, captions: &[Tokens]| encoder.encode(captions, 11, states, MAX_LENGTH, DType::F32, &mut |_, _| Ok(()));
     let cpu = open(DeviceKind::Cpu, Ty::F32, None)?;

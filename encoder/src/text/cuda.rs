@@ -10,6 +10,7 @@
 //!
 //! Memory is added up before any is taken ([`Plan`]); a budget that is too small is an error with the minimum. The driver's figure is flat after that.
 
+mod arrival;
 mod leaving;
 mod pass;
 
@@ -24,9 +25,10 @@ use serenity_protocol::cache::text_model::TextGeometry;
 use serenity_protocol::slab::text_encoder::TextModel;
 use serenity_protocol::{Error, Result};
 
+use self::arrival::Arrival;
 use self::pass::Pass;
 use super::encode::{Embedding, EncodeTimes, Task};
-use super::stream::{Ending, Feed, Jobs};
+use super::stream::{Ending, Feed, Jobs, PLACES};
 use super::weights::{LayerPlaces, TextWeights};
 use crate::tokenizer::Tokens;
 
@@ -70,7 +72,9 @@ pub struct CudaTextEncoder {
 /// How the memory is shared out.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 struct Plan {
-    /// A layer's weights.
+    /// What comes of a layer.
+    arrival: usize,
+    /// A layer that is made of that, if it is not that itself.
     layer: usize,
     /// Rows of a pack at most.
     rows: usize,
@@ -118,11 +122,6 @@ impl CudaTextEncoder {
     pub fn open<'m>(model: impl Into<TextModel<'m>>, settings: Settings) -> Result<Self> {
         let model = model.into();
         let weights = TextWeights::open(model)?;
-        if let Some(slab) = weights.slab() {
-            return Err(Error::absent("INT8 slab not on a GPU yet")
-                .at(slab.slab().path())
-                .advice("set \"train_device\": \"cpu\", or remove model.text_encoder_slab_path"));
-        }
         let geometry = weights.geometry().clone();
         let heads = GroupedHeads { queries: geometry.heads, keys: geometry.kv_heads, head_dim: geometry.head_dim };
         if heads.head_dim > HEAD_DIM_MAX {
@@ -176,14 +175,18 @@ impl CudaTextEncoder {
         sink: &mut dyn FnMut(usize, Embedding, &Embedding) -> Result<()>,
     ) -> Result<EncodeTimes> {
         let began = Instant::now();
+        self.weights.check_states(&task.states)?;
         let depth = task.states.into_iter().max().unwrap_or(0);
         let places = (0..depth).map(|layer| self.weights.places(layer, self.ty)).collect::<Result<Vec<_>>>()?;
-        let plan = self.plan(captions, task.max_length, places.first().map_or(0, |p| p.bytes))?;
+        let arrivals = places.iter().enumerate().map(|(i, p)| Arrival::new(&self.weights, i, p)).collect::<Result<Vec<_>>>()?;
+        let layer = if arrivals.iter().any(Arrival::is_coded) { places.first().map_or(0, |p| p.bytes) } else { 0 };
+        let arrival = arrivals.iter().map(|a| a.bytes).max().unwrap_or(0);
+        let plan = self.plan(captions, task.max_length, (arrival, layer))?;
         let arena = tracing::trace_span!("device memory").in_scope(|| Arena::new(&self.gpu, plan.bytes))?;
         let mut times = EncodeTimes::default();
-        let parts = places.iter().map(LayerPlaces::float_parts).collect::<Result<Vec<_>>>()?;
+        let parts: Vec<_> = arrivals.iter().map(|a| a.parts.clone()).collect();
         let jobs = Jobs::new(&parts, self.ty);
-        let places_at = [arena.reserve(plan.layer)?, arena.reserve(plan.layer)?];
+        let places_at = [arena.reserve(plan.arrival)?, arena.reserve(plan.arrival)?];
         let feed = Feed::new(self.gpu.context(), &jobs, places.len(), places_at)?;
         let pass = std::thread::scope(|scope| {
             let _ending = Ending(&feed);
@@ -198,7 +201,7 @@ impl CudaTextEncoder {
             let mut pass = tracing::trace_span!("embed").in_scope(|| Pass::new(self, task, &arena, plan, captions, pad_id))?;
             pass.keep(0)?;
             times.setup = began.elapsed();
-            pass.layers(&places, &feed, captions.len(), progress, &mut times)?;
+            pass.layers(&places, &arrivals, &feed, captions.len(), progress, &mut times)?;
             times.weight_bytes = jobs.file_bytes();
             Ok::<_, Error>(pass)
         })?;
@@ -207,7 +210,7 @@ impl CudaTextEncoder {
     }
 
     /// The largest packs and, if possible, all states on the device.
-    fn plan(&self, captions: &[Tokens], max_length: usize, layer: usize) -> Result<Plan> {
+    fn plan(&self, captions: &[Tokens], max_length: usize, (arrival, layer): (usize, usize)) -> Result<Plan> {
         let longest = captions.iter().map(|c| c.ids.len()).max().unwrap_or(1) + 1;
         let all = captions.iter().map(|c| c.ids.len()).sum::<usize>() + 1;
         let mut least = usize::MAX;
@@ -217,9 +220,10 @@ impl CudaTextEncoder {
                 // Packs of equal size, each as large as its last caption makes it.
                 let number = all.div_ceil(most).max(1);
                 let rows = (all.div_ceil(number) + longest).min(all).max(longest);
-                let bytes = self.bytes(captions, max_length, layer, rows, if resident { all } else { rows });
+                let layers = PLACES * arrival.next_multiple_of(ALIGNMENT) + layer.next_multiple_of(ALIGNMENT);
+                let bytes = layers + self.bytes(captions, max_length, rows, if resident { all } else { rows });
                 if bytes <= self.budget {
-                    return Ok(Plan { layer, rows, resident, bytes });
+                    return Ok(Plan { arrival, layer, rows, resident, bytes });
                 }
                 least = least.min(bytes);
                 most /= 2;
@@ -232,7 +236,8 @@ impl CudaTextEncoder {
             .advice("raise memory.stagehand.vram_high_watermark_mb, or encode on another machine"))
     }
 
-    fn bytes(&self, captions: &[Tokens], max_length: usize, layer: usize, rows: usize, states: usize) -> usize {
+    /// Bytes of everything but layers.
+    fn bytes(&self, captions: &[Tokens], max_length: usize, rows: usize, states: usize) -> usize {
         let (g, element) = (&self.geometry, self.ty.bytes());
         let mat = |rows: usize, cols: usize| (rows * cols * element).next_multiple_of(ALIGNMENT);
         let space = mat(rows, g.hidden) + mat(rows, self.heads.packed()) + mat(rows, g.heads * g.head_dim) + mat(rows, 2 * g.intermediate);
@@ -241,19 +246,21 @@ impl CudaTextEncoder {
         // Positions and tiles of every pack, each on its own alignment.
         let small = 4 * (all + 1) + captions.iter().map(|c| Captions::bytes(&[(0, c.ids.len())])).sum::<usize>();
         let packs = captions.len() + 1;
-        2 * layer.next_multiple_of(ALIGNMENT) + space + tables + mat(states, g.hidden) + small + 4 * ALIGNMENT * packs
+        space + tables + mat(states, g.hidden) + small + 4 * ALIGNMENT * packs
     }
 
-    fn layer(&self, places: &LayerPlaces, base: Ptr) -> Layer {
+    /// The matrices of the layer at `base`; its norms may be elsewhere.
+    fn layer(&self, places: &LayerPlaces, base: Ptr, norms: Option<[Ptr; 2]>) -> Layer {
         let (g, ty) = (&self.geometry, self.ty);
         let mat = |at: usize, rows: usize, cols: usize| Mat::new(base.offset(at), ty, rows, cols);
+        let [attention_norm, mlp_norm] = norms.unwrap_or([base.offset(places.attention_norm), base.offset(places.mlp_norm)]);
         Layer {
             packed: mat(places.query, self.heads.packed(), g.hidden),
             output: mat(places.output, g.hidden, g.heads * g.head_dim),
             gate_up: mat(places.gate, 2 * g.intermediate, g.hidden),
             down: mat(places.down, g.hidden, g.intermediate),
-            attention_norm: mat(places.attention_norm, 1, g.hidden),
-            mlp_norm: mat(places.mlp_norm, 1, g.hidden),
+            attention_norm: Mat::new(attention_norm, ty, 1, g.hidden),
+            mlp_norm: Mat::new(mlp_norm, ty, 1, g.hidden),
         }
     }
 }

@@ -6,7 +6,7 @@
 //! earlier layers alone, which others bring.
 //!
 //! What lies in the page cache (or in a memory file system) is read from there; what does not is read past it, because 33 GB that are read once
-//! would push out everything else. Tensors of another type than the device computes in are converted on the way.
+//! would push out everything else. Tensors of another type than the device computes in are converted on the way; what has checksums is compared with them.
 //!
 //! Failure: an unreadable or shortened file ends the pass with path and offset; a pass that ends early ends the threads.
 
@@ -23,6 +23,8 @@ use candle_core::DType;
 use half::{bf16, f16};
 use serenity_cuda::driver::{Context, Pinned, Priority};
 use serenity_cuda::{Event, Ptr, Stream, Ty};
+use serenity_protocol::checksum::xxh3_64;
+use serenity_protocol::slab::Pages;
 use serenity_protocol::{Error, Result};
 
 use super::direct::{ALIGN, DIRECT_FILE_BYTES_MIN};
@@ -34,27 +36,112 @@ pub(super) const PLACES: usize = 2;
 /// `statfs` type of a file system in memory.
 const TMPFS_MAGIC: u64 = 0x0102_1994;
 
-/// A tensor of a layer.
+/// What a part holds.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(super) enum Content {
+    /// Numbers, which come in the type that the device computes in.
+    Floats(DType),
+    /// Bytes that come as they are.
+    Bytes,
+}
+
+impl Content {
+    fn stored_bytes(self) -> usize {
+        match self {
+            Self::Floats(ty) => ty.size_in_bytes(),
+            Self::Bytes => 1,
+        }
+    }
+
+    fn device_bytes(self, ty: Ty) -> usize {
+        match self {
+            Self::Floats(_) => ty.bytes(),
+            Self::Bytes => 1,
+        }
+    }
+}
+
+/// What a part is compared with.
+#[derive(Debug, Clone)]
+pub(super) enum Proof {
+    /// Nothing.
+    None,
+    /// XXH3-64 of all of its bytes, which are read at once.
+    Whole(u64),
+    /// The hashes of the file's pages; the part is made of whole ones.
+    Pages(Arc<Pages>),
+}
+
+/// A tensor of a layer, or a run of a file.
 #[derive(Debug, Clone)]
 pub(super) struct Part {
     pub file: PathBuf,
     /// Bytes in the file.
     pub start: u64,
     pub elements: usize,
-    pub stored: DType,
+    pub content: Content,
+    pub proof: Proof,
     /// Place in the layer's memory.
     pub to: usize,
 }
 
-/// A piece of a part.
+impl Part {
+    /// Elements of the largest piece that can be compared by itself.
+    fn piece(&self, ty: Ty) -> usize {
+        let elements = PIECE_BYTES / self.content.device_bytes(ty);
+        match &self.proof {
+            Proof::None => elements,
+            Proof::Whole(_) => self.elements.max(1),
+            Proof::Pages(pages) => {
+                let page = usize::try_from(pages.page_bytes).unwrap_or(usize::MAX).max(1);
+                (elements / page).max(1).saturating_mul(page)
+            }
+        }
+    }
+}
+
+/// A piece of a part: `part.elements` of it.
 #[derive(Debug, Clone)]
 struct Job {
     layer: usize,
-    file: PathBuf,
-    start: u64,
-    elements: usize,
-    stored: DType,
-    to: usize,
+    part: Part,
+}
+
+impl Job {
+    fn stored_bytes(&self) -> usize {
+        self.part.elements * self.part.content.stored_bytes()
+    }
+
+    fn device_bytes(&self, ty: Ty) -> usize {
+        self.part.elements * self.part.content.device_bytes(ty)
+    }
+
+    /// Refuses bytes that are not those that were written.
+    fn check(&self, bytes: &[u8]) -> Result<()> {
+        let Part { file, start, proof, .. } = &self.part;
+        let corrupt = |offset: u64| {
+            Error::data("the text encoder's slab is corrupt")
+                .at(file)
+                .offset(offset)
+                .cause("bytes from here on do not have the checksum of the manifest")
+                .advice("copy the slab's files again, or build the slab again; `serenity-slab verify` finds every damaged tensor")
+        };
+        match proof {
+            Proof::None => Ok(()),
+            Proof::Whole(expected) if xxh3_64(bytes) == *expected => Ok(()),
+            Proof::Whole(_) => Err(corrupt(*start)),
+            Proof::Pages(pages) => {
+                for index in pages.touched_by(&(*start..start + bytes.len() as u64)) {
+                    let page = pages.range(index);
+                    let at = page.start.checked_sub(*start).and_then(|first| Some(first as usize..usize::try_from(page.end - start).ok()?));
+                    if !at.and_then(|at| bytes.get(at)).is_some_and(|bytes| pages.matches(index, bytes)) {
+                        return Err(corrupt(page.start));
+                    }
+                }
+                Ok(())
+            }
+        }
+    }
 }
 
 /// Page-locked memory, and the event behind the last copy from it.
@@ -68,6 +155,8 @@ pub(super) struct Jobs {
     list: Vec<Job>,
     next: AtomicUsize,
     ty: Ty,
+    /// Bytes of the largest on the device.
+    largest: usize,
 }
 
 /// Where readers and the pass meet: the copy stream, the layers' places, and how far both are.
@@ -142,7 +231,7 @@ impl Feed {
         }
         if let (Some(place), Some(used)) = (self.places.get(job.layer % PLACES), state.used.get(job.layer % PLACES)) {
             state.copies.wait(used)?;
-            state.copies.copy_in(place.offset(job.to), &buffer.memory, 0, bytes)?;
+            state.copies.copy_in(place.offset(job.part.to), &buffer.memory, 0, bytes)?;
             state.copies.record(&buffer.used)?;
         }
         state.read += read;
@@ -193,28 +282,28 @@ impl Feed {
 impl Jobs {
     /// Of the parts of each layer.
     pub fn new(layers: &[Vec<Part>], ty: Ty) -> Self {
-        let most = PIECE_BYTES / ty.bytes();
         let mut list = Vec::new();
         for (layer, parts) in layers.iter().enumerate() {
             for part in parts {
+                let most = part.piece(ty);
                 for first in (0..part.elements).step_by(most) {
-                    list.push(Job {
-                        layer,
-                        file: part.file.clone(),
-                        start: part.start + (first * part.stored.size_in_bytes()) as u64,
+                    let piece = Part {
+                        start: part.start + (first * part.content.stored_bytes()) as u64,
                         elements: most.min(part.elements - first),
-                        stored: part.stored,
-                        to: part.to + first * ty.bytes(),
-                    });
+                        to: part.to + first * part.content.device_bytes(ty),
+                        ..part.clone()
+                    };
+                    list.push(Job { layer, part: piece });
                 }
             }
         }
-        Self { list, next: AtomicUsize::new(0), ty }
+        let largest = list.iter().map(|j| j.device_bytes(ty)).max().unwrap_or(0);
+        Self { list, next: AtomicUsize::new(0), ty, largest }
     }
 
     /// Bytes that are read for all of them.
     pub fn file_bytes(&self) -> u64 {
-        self.list.iter().map(|j| (j.elements * j.stored.size_in_bytes()) as u64).sum()
+        self.list.iter().map(|j| j.stored_bytes() as u64).sum()
     }
 
     /// What a reading thread does until there are no more jobs, or nobody wants them. What it meets is told to the feed.
@@ -235,7 +324,7 @@ impl Jobs {
             let started = Instant::now();
             let mut filled = match buffer.take() {
                 Some(buffer) => buffer,
-                None => Buffer { memory: Pinned::new(context, PIECE_BYTES)?, used: Event::sleeping(context)? },
+                None => Buffer { memory: Pinned::new(context, self.largest)?, used: Event::sleeping(context)? },
             };
             let bytes = self.fill(&mut files, &mut filled, job)?;
             if !feed.copy(job, bytes, buffer.insert(filled), started.elapsed())? {
@@ -246,16 +335,21 @@ impl Jobs {
     }
 
     fn fill(&self, files: &mut Files, buffer: &mut Buffer, job: &Job) -> Result<usize> {
-        let bytes = job.elements * self.ty.bytes();
+        let bytes = job.device_bytes(self.ty);
         let short = || Error::invariant("a piece is larger than its buffer");
         let to = buffer.memory.bytes_after(&buffer.used)?.get_mut(..bytes).ok_or_else(short)?;
-        let same = matches!((job.stored, self.ty), (DType::BF16, Ty::Bf16) | (DType::F32, Ty::F32));
-        if same {
-            files.read(&job.file, job.start, to)?;
-        } else {
-            let mut source = vec![0u8; job.elements * job.stored.size_in_bytes()];
-            files.read(&job.file, job.start, &mut source)?;
-            convert(&source, job.stored, to, self.ty)?;
+        let Part { file, start, .. } = &job.part;
+        match (job.part.content, self.ty) {
+            (Content::Bytes, _) | (Content::Floats(DType::BF16), Ty::Bf16) | (Content::Floats(DType::F32), Ty::F32) => {
+                files.read(file, *start, to)?;
+                job.check(to)?;
+            }
+            (Content::Floats(stored), _) => {
+                let mut source = vec![0u8; job.stored_bytes()];
+                files.read(file, *start, &mut source)?;
+                job.check(&source)?;
+                convert(&source, stored, to, self.ty)?;
+            }
         }
         Ok(bytes)
     }
@@ -374,15 +468,50 @@ mod tests {
 
     #[test]
     fn jobs_cover_parts_in_order() {
-        let part = |elements: usize, to: usize| Part { file: "f".into(), start: 100, elements, stored: DType::F32, to };
+        let content = Content::Floats(DType::F32);
+        let part = |elements: usize, to: usize| Part { file: "f".into(), start: 100, elements, content, proof: Proof::None, to };
         let most = PIECE_BYTES / 2;
         let jobs = Jobs::new(&[vec![part(2 * most + 5, 0), part(3, 1 << 30)], vec![part(1, 7)]], Ty::Bf16);
-        let seen: Vec<_> = jobs.list.iter().map(|j| (j.layer, j.start, j.elements, j.to)).collect();
+        let seen: Vec<_> = jobs.list.iter().map(|j| (j.layer, j.part.start, j.part.elements, j.part.to)).collect();
         let far = (most * 4) as u64;
         let expected =
             [(0, 100, most, 0), (0, 100 + far, most, 2 * most), (0, 100 + 2 * far, 5, 4 * most), (0, 100, 3, 1 << 30), (1, 100, 1, 7)];
         assert_eq!(seen, expected);
-        assert_eq!(jobs.file_bytes(), 4 * (2 * most as u64 + 9));
+        assert_eq!((jobs.file_bytes(), jobs.largest), (4 * (2 * most as u64 + 9), PIECE_BYTES));
+    }
+
+    #[test]
+    fn pieces_that_are_compared_are_whole_pages_and_a_flipped_bit_is_found() {
+        let bytes: Vec<u8> = (0..PIECE_BYTES as u64 + 70_000).map(|i| i.wrapping_mul(0x9e37_79b9_7f4a_7c15).to_le_bytes()[7]).collect();
+        let page = 1 << 16;
+        let xxh3 = bytes.chunks(page).map(xxh3_64).collect();
+        let pages = Arc::new(Pages { page_bytes: page as u64, xxh3, file_bytes: bytes.len() as u64 });
+        let part = |start: usize, proof: Proof| Part {
+            file: "f".into(),
+            start: start as u64,
+            elements: bytes.len() - start,
+            content: Content::Bytes,
+            proof,
+            to: 0,
+        };
+        let jobs = Jobs::new(&[vec![part(page, Proof::Pages(pages.clone()))]], Ty::Bf16);
+        assert_eq!(jobs.list.len(), 2);
+        for job in &jobs.list {
+            let range = job.part.start as usize..job.part.start as usize + job.part.elements;
+            let mut piece = bytes[range].to_vec();
+            job.check(&piece).unwrap();
+            for at in [0, piece.len() / 2, piece.len() - 1] {
+                piece[at] ^= 1;
+                assert_eq!(job.check(&piece).unwrap_err().exit_code(), 65);
+                piece[at] ^= 1;
+            }
+        }
+        // One piece whatever its size; nothing to compare with is no error.
+        let whole = Jobs::new(&[vec![part(0, Proof::Whole(xxh3_64(&bytes)))]], Ty::Bf16);
+        assert_eq!((whole.list.len(), whole.largest), (1, bytes.len()));
+        whole.list[0].check(&bytes).unwrap();
+        assert!(whole.list[0].check(&bytes[1..]).is_err());
+        Jobs::new(&[vec![part(0, Proof::None)]], Ty::Bf16).list[0].check(&[1, 2]).unwrap();
     }
 
     #[test]

@@ -24,7 +24,7 @@ use serenity_protocol::slab::text_encoder::{EMBEDDING, PREFIXES, TextModel, Text
 use serenity_protocol::{Error, Result};
 
 use super::direct::DirectReader;
-use super::stream::{Part, convert};
+use super::stream::{Content, Part, Proof, convert};
 use crate::tensor::{stored_type, upload_as};
 
 /// The weights of one layer, `[out, in]`.
@@ -118,7 +118,8 @@ impl LayerPlaces {
     pub fn float_parts(&self) -> Result<Vec<Part>> {
         let float = |part: &LayerPart| match &part.place.stored {
             Stored::Floats { ty, .. } => {
-                Ok(Part { file: part.place.file.clone(), start: part.place.bytes.start, elements: part.elements, stored: *ty, to: part.to })
+                let (file, start) = (part.place.file.clone(), part.place.bytes.start);
+                Ok(Part { file, start, elements: part.elements, content: Content::Floats(*ty), proof: Proof::None, to: part.to })
             }
             Stored::Rows(_) => Err(Error::invariant("INT8 rows were taken for floats").at(&part.place.file)),
         };

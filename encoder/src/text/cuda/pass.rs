@@ -12,6 +12,7 @@ use serenity_cuda::ops::text::Captions;
 use serenity_cuda::{Arena, Event, Mat, Ptr};
 use serenity_protocol::{Error, Result};
 
+use super::arrival::Arrival;
 use super::leaving::Leaving;
 use super::{CudaTextEncoder, Layer, PACK_ROWS, Plan, Space};
 use crate::tensor::{failed, upload_as};
@@ -78,7 +79,7 @@ pub(super) fn load_kernels(e: &CudaTextEncoder) -> Result<()> {
     e.gpu.upload(positions, &0u32.to_le_bytes())?;
     let (state, placed) = (arena.mat(ty, 1, g.hidden)?, Captions::new(&e.gpu, &arena, &[(0, 1)])?);
     let pack = Pack { captions: 0..1, lengths: vec![1], rows: 1, pad: false, state, positions, placed };
-    pack.visit(e, &space, &e.layer(&places, base))?;
+    pack.visit(e, &space, &e.layer(&places, base, None))?;
     e.gpu.sync()
 }
 
@@ -193,6 +194,7 @@ impl<'a> Pass<'a> {
     pub fn layers(
         &mut self,
         places: &[LayerPlaces],
+        arrivals: &[Arrival],
         feed: &Feed,
         captions: usize,
         progress: &mut dyn FnMut(u64, u64) -> Result<()>,
@@ -201,13 +203,16 @@ impl<'a> Pass<'a> {
         let (e, gpu) = (self.encoder, &self.encoder.gpu);
         let context = gpu.context();
         let mut spans = Vec::new();
-        for (layer, place) in places.iter().enumerate() {
+        let unfolded = self.arena.reserve(self.plan.layer)?;
+        for (layer, (place, arrival)) in places.iter().zip(arrivals).enumerate() {
             let _span = tracing::trace_span!("encode layer", layer, captions).entered();
             let started = Instant::now();
-            let weights = e.layer(place, feed.layer(layer, gpu.compute())?);
+            let arrived = feed.layer(layer, gpu.compute())?;
             times.wait += started.elapsed();
             let (begin, end) = (Event::timed(context)?, Event::timed(context)?);
             gpu.compute().record(&begin)?;
+            let (base, norms) = arrival.unfold(gpu, e.ty, arrived, unfolded)?;
+            let weights = e.layer(place, base, norms);
             for index in 0..self.packs.len() {
                 self.pack_layer(index, &weights)?;
             }
