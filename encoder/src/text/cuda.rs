@@ -14,6 +14,8 @@ mod arrival;
 mod leaving;
 mod pass;
 
+use std::sync::{Mutex, PoisonError};
+use std::thread::JoinHandle;
 use std::time::Instant;
 
 use candle_core::DType;
@@ -67,6 +69,17 @@ pub struct CudaTextEncoder {
     budget: usize,
     readers: usize,
     gpu: Gpu,
+    /// Threads that give page-locked memory back.
+    releasing: Mutex<Vec<JoinHandle<()>>>,
+}
+
+impl Drop for CudaTextEncoder {
+    /// No thread calls the driver when the process ends.
+    fn drop(&mut self) {
+        for thread in self.releasing.get_mut().unwrap_or_else(PoisonError::into_inner).drain(..) {
+            let _ = thread.join();
+        }
+    }
 }
 
 /// How the memory is shared out.
@@ -139,9 +152,16 @@ impl CudaTextEncoder {
         let budget = usize::try_from(cap.saturating_sub(used + LIBRARIES)).unwrap_or(usize::MAX);
         let cores = std::thread::available_parallelism().map_or(1, usize::from);
         let readers = settings.readers.unwrap_or(READERS.min(cores)).max(1);
-        let this = Self { weights, geometry, heads, ty: settings.ty, budget, readers, gpu };
+        let this = Self { weights, geometry, heads, ty: settings.ty, budget, readers, gpu, releasing: Mutex::default() };
         pass::load_kernels(&this)?;
         Ok(this)
+    }
+
+    /// Gives page-locked memory back, which takes long, on a thread; here if there is none.
+    fn release(&self, memory: impl Send + 'static) {
+        // A thread that cannot be started drops what it was given.
+        let thread = std::thread::Builder::new().name("release".into()).spawn(move || drop(memory));
+        self.releasing.lock().unwrap_or_else(PoisonError::into_inner).extend(thread);
     }
 
     /// Its geometry.
@@ -205,6 +225,7 @@ impl CudaTextEncoder {
             times.weight_bytes = jobs.file_bytes();
             Ok::<_, Error>(pass)
         })?;
+        self.release(feed.spent());
         pass.finish(sink)?;
         Ok(times)
     }

@@ -145,7 +145,7 @@ impl Job {
 }
 
 /// Page-locked memory, and the event behind the last copy from it.
-struct Buffer {
+pub(super) struct Buffer {
     memory: Pinned,
     used: Event,
 }
@@ -180,6 +180,8 @@ struct State {
     read: Duration,
     failed: Option<Error>,
     ended: bool,
+    /// Of readers that have nothing more to do.
+    spent: Vec<Buffer>,
 }
 
 /// Ends the readers when the pass does, however it does.
@@ -210,6 +212,7 @@ impl Feed {
             read: Duration::ZERO,
             failed: None,
             ended: false,
+            spent: Vec::new(),
         };
         Ok(Self { state: Mutex::new(state), changed: Condvar::new(), places })
     }
@@ -273,6 +276,11 @@ impl Feed {
         Ok(())
     }
 
+    /// What readers leave: its page-locked memory takes long to give back.
+    pub fn spent(self) -> impl Send + 'static {
+        self.state.into_inner().unwrap_or_else(PoisonError::into_inner).spent
+    }
+
     /// What reading took so far, all threads added up.
     pub fn read(&self) -> Duration {
         self.lock().read
@@ -331,6 +339,7 @@ impl Jobs {
                 break;
             }
         }
+        feed.lock().spent.extend(buffers.into_iter().flatten());
         Ok(())
     }
 

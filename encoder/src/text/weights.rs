@@ -5,7 +5,9 @@
 //! manifest's checksums when it is read, the embedding table (of which only rows are used) once, before its first row; what does not agree
 //! is an error with file and offset. A checkpoint has no checksums.
 
+use std::fs::File;
 use std::ops::Range;
+use std::os::unix::fs::FileExt;
 use std::path::{Path, PathBuf};
 use std::sync::OnceLock;
 
@@ -341,17 +343,19 @@ impl TextWeights {
         let element_bytes = if table.dtype == Dtype::F32 { 4 } else { 2 };
         let row_bytes = g.hidden * element_bytes;
         let mut bytes = vec![0u8; ids.len() * row_bytes];
-        // Random places of a file: many threads wait for them at once.
+        let file = File::open(&place.file).map_err(|e| Error::io("cannot open the weight file", &place.file, e))?;
+        // Random places of a file: many threads wait for them at once, and reads need no memory map, which page-locking holds up.
         bytes.par_chunks_exact_mut(row_bytes).zip(ids).try_for_each(|(to, &id)| {
-            let start = id as usize * row_bytes;
-            let row = table.bytes().get(start..start + row_bytes).ok_or_else(|| {
-                Error::data("a token id lies outside the text encoder's vocabulary: tokenizer and encoder do not belong together")
-                    .at(self.floats.root())
-                    .expected(format!("ids below {}", g.vocab))
-                    .found(id)
-            })?;
-            to.copy_from_slice(row);
-            Ok::<_, Error>(())
+            if id as usize >= g.vocab {
+                return Err(Error::data(
+                    "a token id lies outside the text encoder's vocabulary: tokenizer and encoder do not belong together",
+                )
+                .at(self.floats.root())
+                .expected(format!("ids below {}", g.vocab))
+                .found(id));
+            }
+            let at = place.bytes.start + u64::from(id) * row_bytes as u64;
+            file.read_exact_at(to, at).map_err(|e| Error::io("cannot read the embeddings", &place.file, e).offset(at))
         })?;
         Ok((bytes, table.dtype))
     }

@@ -1,6 +1,6 @@
 //! What a slab is made of: the transformer or the text encoder, as a list of linears and other tensors, and where their rows come from.
 
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 
 use serenity_protocol::geometry::{LinearSpec, TransformerGeometry};
 use serenity_protocol::model_path::{SourcePlace, TransformerSource, resolve_path};
@@ -135,9 +135,14 @@ impl Source {
             }
             Component::Transformer => Ok(Source::Transformer(TransformerSource::open(&resolve_path(model)?)?)),
             Component::TextEncoder => {
-                let path = resolve_path(model)?.text_encoder.ok_or_else(|| {
-                    Error::absent("the model has no text encoder").at(model).advice("give a folder in the Hugging Face layout")
-                })?;
+                // A folder may have nothing but the text encoder.
+                let inner = Some(Path::new(model).join("text_encoder")).filter(|p| p.is_dir());
+                let path = match inner {
+                    Some(inner) => inner,
+                    None => resolve_path(model)?.text_encoder.ok_or_else(|| {
+                        Error::absent("the model has no text encoder").at(model).advice("give a folder in the Hugging Face layout")
+                    })?,
+                };
                 let source = TextSource::open(&path)?;
                 let needed = source.geometry().hidden_states(None)?.into_iter().max().unwrap_or(0).max(1);
                 let shape = TextSlabShape::new(source.geometry().clone(), layers.unwrap_or(needed))?;

@@ -2,7 +2,7 @@
 //!
 //! There is page-locked memory for one state of all rows. The device writes a state into it ([`Leaving::take`]), a thread copies it from there into the
 //! embeddings while the next layers run, and the next state waits until that has ended. Taking the memory, and touching all of it once, is that
-//! thread's first work: the first state is kept many layers after the pass has begun.
+//! thread's first work: the first state is kept many layers after the pass has begun. Giving page-locked memory back is no work of the pass either.
 
 use std::sync::Arc;
 use std::thread::JoinHandle;
@@ -130,9 +130,10 @@ impl Leaving {
         bridge.stream.wait(&bridge.between)?;
         let mut first = 0;
         for state in states {
-            // By multiprocessors, which need no copy engine.
-            let to = Mat::new(bridge.memory.device_ptr().offset(first * row), self.ty, state.rows, self.width);
-            gpu.cast_on(&bridge.stream, to, state)?;
+            if (state.stride, state.cols) != (self.width, self.width) {
+                return Err(Error::invariant("a state is not dense").found(state.describe()));
+            }
+            bridge.stream.copy_out(&bridge.memory, first * row, state.ptr, state.rows * row)?;
             first += state.rows;
         }
         bridge.stream.record(&bridge.between)?;
@@ -142,13 +143,28 @@ impl Leaving {
         Ok(())
     }
 
-    /// The embeddings, the pad's last, in type `keep`.
+    /// The embeddings, the pad's last, in type `keep`; `release` gets the page-locked memory.
     ///
     /// # Errors
     /// Faults of earlier work.
-    pub fn end(mut self, keep: DType) -> Result<impl DoubleEndedIterator<Item = Result<Embedding>> + ExactSizeIterator> {
+    pub fn end(
+        mut self,
+        keep: DType,
+        release: impl FnOnce(Pinned),
+    ) -> Result<impl DoubleEndedIterator<Item = Result<Embedding>> + ExactSizeIterator> {
         let width = 3 * self.width;
-        Ok(self.come_back()?.embeddings.into_iter().map(move |(_, values)| values.into_embedding(width, keep)))
+        let Bridge { memory, embeddings, .. } = *self.come_back()?;
+        release(memory);
+        Ok(embeddings.into_iter().map(move |(_, values)| values.into_embedding(width, keep)))
+    }
+}
+
+impl Drop for Leaving {
+    /// A pass that ended early: no thread calls the driver when the process ends.
+    fn drop(&mut self) {
+        if let Some(turn) = self.turn.take() {
+            let _ = turn.join();
+        }
     }
 }
 

@@ -136,9 +136,7 @@ impl<'a> Pass<'a> {
         // The plan's rows hold a pack that its last caption has made longer than the others, and the pad.
         let shared = if self.plan.resident { None } else { Some(self.arena.mat(e.ty, self.plan.rows, g.hidden)?) };
         let packs = packs(captions, most);
-        if matches!(self.task.hidden, Hidden::Memory) && self.plan.resident && self.rows * g.hidden * e.ty.bytes() <= LOCKED_MAX {
-            self.kept = Kept::Leaving(Leaving::new(e.gpu.context(), e.ty, g.hidden, self.rows, embedding_rows(&packs))?);
-        }
+        let kept_rows = embedding_rows(&packs);
         for (index, of) in packs.into_iter().enumerate() {
             let tokens = captions.get(of.captions.clone()).unwrap_or_default();
             let pad = index == 0;
@@ -173,6 +171,10 @@ impl<'a> Pass<'a> {
             if shared.is_some() {
                 self.put_away(index)?;
             }
+        }
+        // Behind the work above, which it would hold up: there is time until the first state is kept.
+        if matches!(self.task.hidden, Hidden::Memory) && self.plan.resident && self.rows * g.hidden * e.ty.bytes() <= LOCKED_MAX {
+            self.kept = Kept::Leaving(Leaving::new(e.gpu.context(), e.ty, g.hidden, self.rows, kept_rows)?);
         }
         Ok(())
     }
@@ -224,7 +226,7 @@ impl<'a> Pass<'a> {
             times.flops += 2.0 * e.geometry.layer_params() as f64 * (self.rows - 1) as f64;
             progress(((layer + 1) * captions) as u64, (places.len() * captions) as u64)?;
         }
-        gpu.sync()?;
+        tracing::trace_span!("last layers").in_scope(|| gpu.sync())?;
         for (begin, end) in spans {
             times.compute += Duration::from_secs_f32(end.since_ms(&begin)? / 1e3);
         }
@@ -285,7 +287,8 @@ impl<'a> Pass<'a> {
     /// Hands every caption's embedding to `sink`.
     pub fn finish(mut self, sink: &mut dyn FnMut(usize, Embedding, &Embedding) -> Result<()>) -> Result<()> {
         if let Kept::Leaving(leaving) = self.kept {
-            let mut embeddings = leaving.end(self.task.keep)?;
+            let mut embeddings =
+                tracing::trace_span!("last state").in_scope(|| leaving.end(self.task.keep, |memory| self.encoder.release(memory)))?;
             let pad = embeddings.next_back().ok_or_else(|| Error::invariant("a pass without a pad"))??;
             return embeddings.enumerate().try_for_each(|(caption, embedding)| sink(caption, embedding?, &pad));
         }
