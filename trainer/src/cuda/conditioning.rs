@@ -1,17 +1,20 @@
 //! What a micro-batch conditions every block with, on the device; and the weights outside the blocks that it comes from.
 #![forbid(unsafe_code)]
 
+use std::cell::Cell;
 use std::collections::HashMap;
 
 use candle_core::{DType, Device, Tensor};
 use half::bf16;
 use rayon::prelude::*;
-use serenity_cuda::{Gpu, Mat, Ptr, Ty};
+use serenity_cuda::arena::ALIGNMENT;
+use serenity_cuda::driver::Pinned;
+use serenity_cuda::{Event, Gpu, Mat, Ptr, Ty};
 use serenity_protocol::geometry::{BlockId, TransformerGeometry};
 use serenity_protocol::{Error, Result};
 
 use super::linear::Context;
-use super::plan::{Reserve, Shape};
+use super::plan::{CONDITIONING, Reserve, Shape};
 use crate::model::{OtherWeights, sinusoid, tensor_error};
 
 /// The bytes of a tensor of the CPU in row-major order, as `ty`, little endian as every host of such a device.
@@ -64,23 +67,47 @@ fn rounded(values: &[f32]) -> Vec<u8> {
     bytes
 }
 
-/// The linears outside the blocks and all norm weights, resident on the device.
+/// The linears outside the blocks and all norm weights, where the device reads them: in its memory, or some of what few rows go through in
+/// page-locked memory of the host.
 #[derive(Debug)]
 pub struct Other {
     linears: HashMap<String, Mat>,
     norms: HashMap<String, Ptr>,
+    /// Where some of the linears are.
+    host: Option<Pinned>,
+    /// Bytes that the device has read there.
+    read_bytes: Cell<u64>,
 }
 
 impl Other {
-    /// Copies the host's weights.
+    /// Copies the host's weights: the first `hosted` of [`CONDITIONING`] into `memory`.
     ///
     /// # Errors
     /// If there is not so much memory left; the driver's.
-    pub fn upload(gpu: &Gpu, r: &dyn Reserve, g: &TransformerGeometry, ty: Ty, host: &OtherWeights) -> Result<Self> {
-        let mut linears = HashMap::new();
+    pub fn upload(
+        gpu: &Gpu,
+        r: &dyn Reserve,
+        (g, ty): (&TransformerGeometry, Ty),
+        host: &OtherWeights,
+        (hosted, mut memory): (usize, Option<Pinned>),
+    ) -> Result<Self> {
+        let (mut linears, mut end, unused) = (HashMap::new(), 0, Event::new(gpu.context())?);
         for spec in g.other_linears() {
-            let mat = r.mat(ty, spec.out_features, spec.in_features)?;
-            gpu.upload(mat.ptr, &bytes_of(host.linear(&spec.name)?, ty)?)?;
+            let bytes = bytes_of(host.linear(&spec.name)?, ty)?;
+            let there = CONDITIONING.iter().take(hosted).any(|name| *name == spec.name);
+            let mat = match memory.as_mut().filter(|_| there) {
+                Some(memory) => {
+                    memory.write_after(&unused, end, &bytes)?;
+                    let ptr = memory.device_ptr().offset(end);
+                    end += bytes.len().next_multiple_of(ALIGNMENT);
+                    Mat::new(ptr, ty, spec.out_features, spec.in_features)
+                }
+                None => {
+                    let mat = r.mat(ty, spec.out_features, spec.in_features)?;
+                    gpu.upload(mat.ptr, &bytes)?;
+                    mat
+                }
+            };
             linears.insert(spec.name, mat);
         }
         let mut norms = HashMap::new();
@@ -91,7 +118,13 @@ impl Other {
                 norms.insert(format!("{}.{norm}", g.block_prefix(block)), ptr);
             }
         }
-        Ok(Self { linears, norms })
+        Ok(Self { linears, norms, host: memory, read_bytes: Cell::new(0) })
+    }
+
+    /// Bytes that the device has read on the host since the start.
+    #[must_use]
+    pub fn read_bytes(&self) -> u64 {
+        self.read_bytes.get()
     }
 
     /// A linear by its full name without `.weight`.
@@ -222,6 +255,7 @@ impl Conditioning {
         if let (true, Some(guidance)) = (g.guidance_embeds, guidance) {
             self.embed(c, g, other, "guidance_embedder", guidance, true)?;
         }
+        other.read_bytes.set(other.read_bytes.get() + other.host.as_ref().map_or(0, |h| h.bytes() as u64));
         let names = ["double_stream_modulation_img", "double_stream_modulation_txt", "single_stream_modulation", "norm_out"];
         c.pass(|gpu| gpu.silu(self.space.hidden, self.temb))?;
         for (name, set) in names.into_iter().zip(self.space.sets) {

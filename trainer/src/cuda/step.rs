@@ -4,6 +4,7 @@
 use std::collections::HashMap;
 use std::rc::Rc;
 
+use serenity_cuda::driver::Pinned;
 use serenity_cuda::ops::loss::MSE_PARTIALS;
 use serenity_cuda::{Arena, Gpu, Mat, MemoryInfo, Ptr, Tuning, Ty};
 use serenity_protocol::config::OptimizerConfig;
@@ -126,13 +127,27 @@ impl CudaStep {
             targets.push(spec.clone());
         }
         let (mut plan, shapes) = make_plan(&gpu, &parts, &targets)?;
+        let locked = |plan: &Plan| (plan.hosted_bytes > 0).then(|| Pinned::new(gpu.context(), plan.hosted_bytes)).transpose();
+        let hosted = match locked(&plan) {
+            Err(Error::TryAgain(e)) => {
+                tracing::warn!(
+                    "all weights outside the blocks are kept on the device, for the host has no page-locked memory for them: {}",
+                    Error::TryAgain(e)
+                );
+                parts.limits.hosted_max = 0;
+                plan = make_plan(&gpu, &parts, &targets)?.0;
+                None
+            }
+            other => other?,
+        };
         let parcels = match Traffic::new(&gpu, plan.parcels, plan.parcel_host) {
             Err(Error::TryAgain(e)) if plan.parcel_host > 0 => {
                 tracing::warn!(
                     "activations are computed again instead of waiting on the host, which has no page-locked memory for them: {}",
                     Error::TryAgain(e)
                 );
-                parts.limits = Limits { parcels_max: 0, travelling: None, ..parts.limits };
+                // What is page-locked already stays as planned.
+                parts.limits = Limits { parcels_max: 0, travelling: None, hosted_max: plan.hosted_bytes, ..parts.limits };
                 plan = make_plan(&gpu, &parts, &targets)?.0;
                 Traffic::new(&gpu, plan.parcels, plan.parcel_host)?
             }
@@ -141,7 +156,8 @@ impl CudaStep {
         tracing::info!("device memory: {plan}");
         let arena = Arena::new(&gpu, plan.total())?;
         let (g, ty) = (parts.geometry, parts.ty);
-        let other = Other::upload(&gpu, &arena, g, ty, parts.other)?;
+        let hosted = if plan.hosted_bytes == hosted.as_ref().map_or(0, Pinned::bytes) { hosted } else { locked(&plan)? };
+        let other = Other::upload(&gpu, &arena, (g, ty), parts.other, (plan.hosted, hosted))?;
         let adapters = Adapters::new(&gpu, &arena, ty, parts.optimizer, parts.adapters)?;
         let tile = Tiles::new(arena.reserve(plan.tile)?, plan.tile);
         let scratch = arena.reserve(8 * MSE_PARTIALS)?;
@@ -209,7 +225,7 @@ impl CudaStep {
     /// Bytes of blocks and of their inputs that came from the host since the start.
     #[must_use]
     pub fn bytes_from_host(&self) -> u64 {
-        self.blocks.stats().bytes + self.traffic.bytes() + self.parcels.bytes()
+        self.blocks.stats().bytes + self.traffic.bytes() + self.parcels.bytes() + self.other.read_bytes()
     }
 
     /// What a step is expected to take at these rates.

@@ -8,7 +8,7 @@ use serenity_cuda::arena::ALIGNMENT;
 use serenity_protocol::{Error, Result};
 
 use super::forecast::first_adapted;
-use super::{Forecast, Need, Plan, is_double, measured};
+use super::{CONDITIONING, Forecast, Need, Plan, is_double, measured, other_bytes};
 use crate::cuda::assignment::Slots;
 use crate::cuda::flight::Activations;
 use crate::cuda::inputs::Turns;
@@ -23,13 +23,14 @@ const WORTH: f64 = 0.002;
 /// [`Error::Config`] if none fits.
 pub(super) fn choose(fixed: &Plan, need: &Need<'_>, rings: &[usize]) -> Result<Plan> {
     let (mut best, mut least): (Option<Plan>, Option<Plan>) = (None, None);
+    let parts: Vec<Plan> = possible_parts(fixed, need).collect();
     for turns in possible_turns(need) {
         let (step, host) = Plan::step_bytes(need, turns)?;
         if host > need.limits.host_max {
             continue;
         }
-        let with = |tile: &usize| possible_slots(&Plan { tile: *tile, step, host, turns, ..fixed.clone() }, need);
-        for plan in rings.iter().flat_map(with) {
+        let with = |(fixed, tile): (&Plan, &usize)| possible_slots(&Plan { tile: *tile, step, host, turns, ..fixed.clone() }, need);
+        for plan in parts.iter().flat_map(|p| rings.iter().map(move |r| (p, r))).flat_map(with) {
             if plan.total() > need.budget {
                 if least.as_ref().is_none_or(|l| plan.total() < l.total()) {
                     least = Some(plan);
@@ -54,6 +55,14 @@ pub(super) fn choose(fixed: &Plan, need: &Need<'_>, rings: &[usize]) -> Result<P
             .advice("raise memory.stagehand.vram_high_watermark_mb, or lower resolution, batch_size or gradient_accumulation_steps")
     };
     best.ok_or_else(too_small)
+}
+
+/// The same with some of the weights that condition a micro-batch on the host.
+fn possible_parts(fixed: &Plan, need: &Need<'_>) -> impl Iterator<Item = Plan> {
+    [0, 4, CONDITIONING.len()].into_iter().filter_map(|hosted| {
+        let (other, hosted_bytes) = other_bytes(need.geometry, need.ty, hosted);
+        (hosted_bytes <= need.limits.hosted_max).then(|| Plan { other, hosted, hosted_bytes, ..fixed.clone() })
+    })
 }
 
 /// Ways to keep block inputs, simplest first.

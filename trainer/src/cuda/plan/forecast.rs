@@ -130,6 +130,7 @@ impl Forecast {
             clock.parcels = vec![0.0; plan.travelling.len()];
             let visits: Vec<BlockId> = blocks.iter().chain(&back).copied().collect();
             let places = assignment.assign(&visits)?;
+            clock.conditioning((plan.hosted_bytes * need.shapes.len()) as f64);
             let mut flops = 0.0;
             for (i, (block, place)) in visits.iter().zip(places).enumerate() {
                 let forward = i < blocks.len();
@@ -243,6 +244,14 @@ impl Timeline<'_> {
             (false, _) if number < turns.saved() => of(number),
             _ => 0.0,
         }
+    }
+
+    /// The device reads weights on the host.
+    fn conditioning(&mut self, bytes: f64) {
+        let seconds = bytes / self.rates.bus;
+        self.bus = self.bus.max(self.compute) + seconds;
+        self.compute += seconds;
+        self.moved += bytes;
     }
 
     /// Something goes to the host at the end of a visit.

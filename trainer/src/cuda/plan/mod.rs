@@ -163,6 +163,8 @@ pub struct Limits {
     pub host_max: usize,
     /// Page-locked host memory for activations at most, in bytes.
     pub parcels_max: usize,
+    /// The same for weights outside the blocks.
+    pub hosted_max: usize,
     /// Single blocks whose activations travel, and sets of device memory for them, instead of the planner's choice.
     pub travelling: Option<(usize, usize)>,
     /// What the device does in a second, for comparing one possibility with another.
@@ -178,6 +180,7 @@ impl Default for Limits {
             kept_max: usize::MAX,
             host_max: usize::MAX,
             parcels_max: usize::MAX,
+            hosted_max: usize::MAX,
             travelling: None,
             rates: Rates::default(),
         }
@@ -208,6 +211,10 @@ pub struct Need<'n> {
 pub struct Plan {
     /// Linears outside the blocks and norms.
     pub other: usize,
+    /// How many of the [`CONDITIONING`] linears stay on the host, where the device reads them; their bytes there.
+    pub hosted: usize,
+    /// Page-locked memory of the host for them.
+    pub hosted_bytes: usize,
     /// Parameters, gradients, moments and copies of the adapters.
     pub adapters: usize,
     /// The ring of dequantised matrices.
@@ -280,7 +287,9 @@ impl Plan {
             rings = vec![rings.first().copied().unwrap_or(0).max(tuning.ring_mib << 20)];
         }
         let fixed = Self {
-            other: other_bytes(g, need.ty),
+            other: other_bytes(g, need.ty, 0).0,
+            hosted: 0,
+            hosted_bytes: 0,
             adapters: adapter_bytes(need)?,
             tile: 0,
             visit,
@@ -331,9 +340,10 @@ impl fmt::Display for Plan {
         let mb = |bytes: usize| bytes.div_ceil(1 << 20);
         write!(
             f,
-            "weights outside the blocks {} MiB, adapters {}, dequantised {}, block visit {}, block inputs and step {} ({}; {} on the host), \
+            "weights outside the blocks {} MiB ({} on the host), adapters {}, dequantised {}, block visit {}, block inputs and step {} ({}; {} on the host), \
              {} slots of {}, {} resident blocks {}, activations of {} blocks {}, of {} on the host {} ({} there): {} of {} MiB; {}",
             mb(self.other),
+            mb(self.hosted_bytes),
             mb(self.adapters),
             mb(self.tile),
             mb(self.visit),
@@ -356,10 +366,26 @@ impl fmt::Display for Plan {
     }
 }
 
-fn other_bytes(g: &TransformerGeometry, ty: Ty) -> usize {
-    let linears: usize = g.other_linears().iter().map(|l| (l.out_features * l.in_features * ty.bytes()).next_multiple_of(ALIGNMENT)).sum();
+/// Linears outside the blocks that the few rows of a micro-batch's conditioning go through once, in the order in which they leave the device for the
+/// host: those before the last go where a little memory is wanted.
+pub const CONDITIONING: [&str; 8] = [
+    "time_guidance_embed.timestep_embedder.linear_1",
+    "time_guidance_embed.timestep_embedder.linear_2",
+    "time_guidance_embed.guidance_embedder.linear_1",
+    "time_guidance_embed.guidance_embedder.linear_2",
+    "norm_out.linear",
+    "single_stream_modulation.linear",
+    "double_stream_modulation_txt.linear",
+    "double_stream_modulation_img.linear",
+];
+
+/// Bytes of weights outside the blocks on the device and on the host, where the first `hosted` of [`CONDITIONING`] are.
+fn other_bytes(g: &TransformerGeometry, ty: Ty, hosted: usize) -> (usize, usize) {
+    let bytes = |l: &LinearSpec| (l.out_features * l.in_features * ty.bytes()).next_multiple_of(ALIGNMENT);
+    let there = |l: &LinearSpec| CONDITIONING.iter().take(hosted).any(|name| *name == l.name);
+    let (host, device): (Vec<_>, Vec<_>) = g.other_linears().into_iter().partition(there);
     let norms: usize = g.blocks().map(|b| g.block_norms(b).len() * (4 * g.attention_head_dim).next_multiple_of(ALIGNMENT)).sum();
-    linears + norms
+    (device.iter().map(bytes).sum::<usize>() + norms, host.iter().map(bytes).sum())
 }
 
 fn adapter_bytes(need: &Need<'_>) -> Result<usize> {

@@ -148,3 +148,24 @@ fn image_bytes(image: usize) -> usize {
     let parts = [t * (3 * d + 6 * d) * 2, t * d * 2, 48 * t * 4];
     parts.iter().map(|bytes| bytes.next_multiple_of(ALIGNMENT)).sum()
 }
+
+#[test]
+fn weights_of_the_conditioning_leave_the_device_where_that_is_worth_it() {
+    let hosted = |mib, limits| plan_of(mib, 1, 1024, limits).unwrap();
+    let none = Limits { hosted_max: 0, ..Limits::default() };
+    // The bus is the limit: a block that stays saves twice its bytes.
+    for mib in [4000, 5000, 10 << 10] {
+        let with = hosted(mib, Limits::default());
+        assert_eq!((with.hosted, with.hosted_bytes >> 20), (CONDITIONING.len(), 1374), "{with}");
+        if mib > 5000 {
+            let without = hosted(mib, none);
+            assert!(with.forecast.seconds < without.forecast.seconds && with.forecast.bytes < without.forecast.bytes, "{with}\n{without}");
+            assert_eq!(without.other, with.other + with.hosted_bytes);
+        }
+    }
+    assert!(minimum(&plan_of(4000, 1, 1024, none).unwrap_err()) > 4600);
+    // Everything fits: nothing is read over the bus.
+    assert_eq!(hosted(40 << 10, Limits::default()).hosted, 0);
+    let names: Vec<String> = dev().other_linears().into_iter().map(|l| l.name).collect();
+    assert_eq!(CONDITIONING.iter().filter(|n| names.contains(&n.to_string())).count(), CONDITIONING.len());
+}
