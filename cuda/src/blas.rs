@@ -3,7 +3,7 @@
 //! A plan is made once per shape: the library's heuristics give the algorithm, and the same library on the same device gives the same one
 //! in every run. Algorithms that reduce in place in the output are excluded, sums of partial products are float32 in the workspace.
 //! Pointer alignment counts up to 16 bytes only, so that where a matrix lies in memory cannot change the algorithm, and with it the bytes.
-//! For the same reason the heuristics are asked about dense matrices (and of another number of rows, if that is wanted) even where the operands are views, as long as both are aligned alike.
+//! For the same reason the heuristics are asked about dense matrices (and about other sizes, if that is wanted) even where the operands are views, as long as both are aligned alike.
 
 use std::cell::{Cell, RefCell};
 use std::collections::HashMap;
@@ -50,8 +50,8 @@ pub struct Shape {
     pub m: usize,
     /// Columns of C.
     pub n: usize,
-    /// Columns of C for which the algorithm is chosen.
-    pub n_planned: usize,
+    /// Rows and columns of C for which the algorithm is chosen.
+    pub planned: (usize, usize),
     /// Terms of each sum.
     pub k: usize,
     /// Elements between columns of A, B and C.
@@ -75,13 +75,14 @@ impl Shape {
     /// are there now.
     fn planned(&self) -> Self {
         let types = [self.input, self.input, self.output];
-        let mut strides = self.strides;
-        for ((stride, (rows, _)), ty) in strides.iter_mut().zip(self.stored()).zip(types) {
+        let (mut strides, (m, n)) = (self.strides, self.planned);
+        let other = Self { m, n, ..*self };
+        for ((stride, (rows, _)), ty) in strides.iter_mut().zip(other.stored()).zip(types) {
             if (*stride * ty.bytes()).is_multiple_of(16) {
                 *stride = rows.next_multiple_of(ty.lanes());
             }
         }
-        Self { strides, n: self.n_planned, ..*self }
+        Self { strides, ..other }
     }
 
     fn layouts(&self) -> Result<[Layout; 3]> {
@@ -373,7 +374,7 @@ mod tests {
             transpose_b: false,
             m: 300,
             n: 50,
-            n_planned: 50,
+            planned: (300, 50),
             k: 100,
             strides,
             input: Ty::Bf16,
@@ -383,7 +384,7 @@ mod tests {
         let dense = shape([104, 104, 300]);
         assert_eq!(dense.planned(), dense);
         assert_eq!(shape([6160, 128, 2048]).planned(), dense);
-        assert_eq!(Shape { n: 7, ..dense }.planned(), dense);
+        assert_eq!(Shape { m: 200, n: 7, strides: [104, 104, 200], ..dense }.planned(), dense);
         // What is not aligned stays as it is.
         assert_eq!(shape([100, 104, 300]).planned().strides, [100, 104, 300]);
     }

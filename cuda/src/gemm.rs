@@ -20,13 +20,13 @@ impl Gpu {
         self.gemm("nt", out, a, b, alpha, beta, (a.rows, a.cols), (b.cols, b.rows), (true, false), None)
     }
 
-    /// [`Self::gemm_nt`] by the algorithm that is chosen for `rows` rows of `a`, whatever number it has: so a row of the result depends on its row of `a`
-    /// alone, bit for bit.
+    /// [`Self::gemm_nt`] by the algorithm that is chosen for a result of this size, of which `out` is a part: so an element depends on its row and
+    /// column of the operands alone, bit for bit, and not on how many others are computed with it.
     ///
     /// # Errors
     /// [`Error::Invariant`] for shapes or types that do not fit.
-    pub fn gemm_nt_as(&self, out: Mat, a: Mat, b: Mat, alpha: f32, beta: f32, rows: usize) -> Result<()> {
-        self.gemm("nt", out, a, b, alpha, beta, (a.rows, a.cols), (b.cols, b.rows), (true, false), Some(rows))
+    pub fn gemm_nt_of(&self, whole: (usize, usize), out: Mat, a: Mat, b: Mat, alpha: f32, beta: f32) -> Result<()> {
+        self.gemm("nt", out, a, b, alpha, beta, (a.rows, a.cols), (b.cols, b.rows), (true, false), Some(whole))
     }
 
     /// `out [m, n] = alpha a [m, k] b [k, n] + beta out`: the gradient of activations.
@@ -35,6 +35,14 @@ impl Gpu {
     /// [`Error::Invariant`] for shapes or types that do not fit.
     pub fn gemm_nn(&self, out: Mat, a: Mat, b: Mat, alpha: f32, beta: f32) -> Result<()> {
         self.gemm("nn", out, a, b, alpha, beta, (a.rows, a.cols), (b.rows, b.cols), (false, false), None)
+    }
+
+    /// [`Self::gemm_nn`] as [`Self::gemm_nt_of`].
+    ///
+    /// # Errors
+    /// [`Error::Invariant`] for shapes or types that do not fit.
+    pub fn gemm_nn_of(&self, whole: (usize, usize), out: Mat, a: Mat, b: Mat, alpha: f32, beta: f32) -> Result<()> {
+        self.gemm("nn", out, a, b, alpha, beta, (a.rows, a.cols), (b.rows, b.cols), (false, false), Some(whole))
     }
 
     /// `out [m, n] = alpha aᵀ b + beta out`, `a [k, m]`, `b [k, n]`: the gradient of an adapter.
@@ -46,7 +54,7 @@ impl Gpu {
     }
 
     /// `(m, k)` and `(k2, n)` are the operands as they are multiplied; `transposed` says which of (b, a) the library transposes; the algorithm is that for
-    /// `planned_rows` instead of `m`.
+    /// a result of the size `whole` instead of `(m, n)`.
     #[allow(clippy::too_many_arguments)] // three products share this; a struct would only rename them
     fn gemm(
         &self,
@@ -59,7 +67,7 @@ impl Gpu {
         (m, k): (usize, usize),
         (k2, n): (usize, usize),
         transposed: (bool, bool),
-        planned_rows: Option<usize>,
+        whole: Option<(usize, usize)>,
     ) -> Result<()> {
         let rows_apart = |mat: &Mat| mat.stride >= mat.cols;
         if k != k2 || (out.rows, out.cols) != (m, n) || a.ty != b.ty || ![out, a, b].iter().all(rows_apart) {
@@ -77,7 +85,8 @@ impl Gpu {
             transpose_b: transposed.1,
             m: n,
             n: m,
-            n_planned: planned_rows.unwrap_or(m),
+            // Turned like everything here.
+            planned: whole.map_or((n, m), |(rows, cols)| (cols, rows)),
             k,
             strides: [b.stride, a.stride, out.stride],
             input: a.ty,

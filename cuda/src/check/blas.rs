@@ -77,3 +77,64 @@ fn gemm_case(check: &mut Check<'_>, kind: Kind, [m, n, k, gap]: [usize; 4], inpu
         product(gpu, kind, out, a, b, 0.25, 1.0)
     })
 }
+
+/// Products that were made in pieces: rows or columns of the result, by the algorithm for all of it. m, n, k; then the piece's columns and rows.
+const CUTS: [([usize; 3], usize, usize); 6] = [
+    // FLUX.2 [dev]: the packed projection, its input gradient with an adapter's columns behind it, `to_out`; at 512 and 1024 px.
+    ([1536, 55_296, 6160], 27_648, 1536),
+    ([1536, 6160, 55_296], 3072, 1536),
+    ([1536, 6144, 24_592], 3072, 700),
+    ([4608, 6160, 55_296], 3072, 4608),
+    ([512, 18_432, 6144], 9216, 100),
+    ([130, 1000, 512], 256, 1),
+];
+
+/// `gemm_nt_of` and `gemm_nn_of`: pieces of a result are the whole one bit for bit.
+pub fn pieces(check: &mut Check<'_>) -> Result<()> {
+    for ([m, n, k], cols, rows) in CUTS {
+        for kind in [Kind::Nt, Kind::Nn] {
+            for ty in [Ty::Bf16, Ty::F32] {
+                if ty == Ty::F32 && m * n * k > 1 << 32 {
+                    continue;
+                }
+                let mark = check.arena.mark();
+                let equal = cut_case(check, kind, ty, [m, n, k], (cols, rows))?;
+                check.holds(format!("{kind:?} {} {m} x {n} x {k} by {cols} columns and {rows} rows", ty.name()), equal);
+                check.arena.reset(mark)?;
+            }
+        }
+    }
+    Ok(())
+}
+
+fn cut_case(check: &Check<'_>, kind: Kind, ty: Ty, [m, n, k]: [usize; 3], (cols, rows): (usize, usize)) -> Result<bool> {
+    let (gpu, nt) = (check.gpu, matches!(kind, Kind::Nt));
+    let a = check.arena.mat(ty, m, k)?;
+    let b = if nt { check.arena.mat(ty, n, k)? } else { check.arena.mat(ty, k, n)? };
+    let (whole, cut) = (check.arena.mat(ty, m, n)?, check.arena.mat(ty, m, n)?);
+    gpu.fill_random(a, 1, 1.0)?;
+    gpu.fill_random(b, 2, 0.1)?;
+    let product = |out: Mat, a: Mat, b: Mat| {
+        if nt { gpu.gemm_nt_of((m, n), out, a, b, 1.0, 0.0) } else { gpu.gemm_nn_of((m, n), out, a, b, 1.0, 0.0) }
+    };
+    product(whole, a, b)?;
+    for first in (0..n).step_by(cols) {
+        let width = cols.min(n - first);
+        // The adapter's columns go with the last piece.
+        let (width, done) = if n - first - width < cols / 2 { (n - first, true) } else { (width, false) };
+        let of = if nt { b.rows(first, width)? } else { b.columns(first, width)? };
+        for at in (0..m).step_by(rows) {
+            let height = rows.min(m - at);
+            product(cut.rows(at, height)?.columns(first, width)?, a.rows(at, height)?, of)?;
+        }
+        if done {
+            break;
+        }
+    }
+    let read = |mat: Mat| -> Result<Vec<u8>> {
+        let mut bytes = vec![0; mat.span()];
+        gpu.download(&mut bytes, mat.ptr)?;
+        Ok(bytes)
+    };
+    Ok(read(whole)? == read(cut)?)
+}

@@ -53,6 +53,7 @@ pub fn sections() -> Vec<Section> {
         ("loss", training::loss),
         ("optimizer", training::optimizer),
         ("gemm", blas::gemm),
+        ("pieces", blas::pieces),
         ("attention-own", attention::own),
         ("attention-cudnn", attention::cudnn),
         ("attention-f32", attention::f32),

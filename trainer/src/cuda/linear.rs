@@ -12,7 +12,7 @@ use serenity_protocol::{Error, Result};
 use super::attention::Engines;
 use super::clock::{Clock, Phase};
 use super::plan::{Reserve, Shape};
-use super::tiles::{Part, Tiles, pieces};
+use super::tiles::{Part, Tiles};
 
 /// What the operations of a visit share.
 #[derive(Debug, Clone, Copy)]
@@ -141,10 +141,11 @@ impl Linear {
         let (out, inner) = self.weight.shape();
         self.check("input", x, x.rows, inner)?;
         self.check("output", y, x.rows, out)?;
-        for rows in pieces(out, inner, c.gpu.tuning().piece) {
+        let whole = (x.rows, out);
+        for rows in c.tile.pieces(c, &self.weight, 0, (out, inner)) {
             let y = y.columns(rows.start, rows.len())?;
             let part = Part { rows, cols: 0..inner };
-            c.tile.with(c, &self.weight, None, &part, |weight| c.product(|gpu| gpu.gemm_nt(y, x, weight, 1.0, 0.0)))?;
+            c.tile.with(c, &self.weight, None, &part, |weight| c.product(|gpu| gpu.gemm_nt_of(whole, y, x, weight, 1.0, 0.0)))?;
         }
         if let Some(lora) = self.lora {
             let low = low.rows(x.rows)?;
@@ -177,10 +178,11 @@ impl Linear {
         let Some(dx) = dx else { return Ok(()) };
         self.check("input's gradient", dx, dy.rows, inner)?;
         let beta = if add { 1.0 } else { 0.0 };
-        for cols in pieces(inner, out, c.gpu.tuning().piece) {
+        let whole = (dy.rows, inner);
+        for cols in c.tile.pieces(c, &self.weight, 0, (inner, out)) {
             let dx = dx.columns(cols.start, cols.len())?;
             let part = Part { rows: 0..out, cols };
-            c.tile.with(c, &self.weight, None, &part, |weight| c.product(|gpu| gpu.gemm_nn(dx, dy, weight, 1.0, beta)))?;
+            c.tile.with(c, &self.weight, None, &part, |weight| c.product(|gpu| gpu.gemm_nn_of(whole, dx, dy, weight, 1.0, beta)))?;
         }
         match self.lora {
             Some(lora) => c.product(|gpu| gpu.gemm_nn(dx, low.0, lora.a, 1.0, 1.0)),
@@ -200,10 +202,11 @@ impl Linear {
         self.check("output", y, x.rows, out)?;
         self.tail(c, xt)?;
         let xt = xt.columns(0, inner + lora.a.rows)?;
-        for rows in pieces(out, inner, c.gpu.tuning().piece) {
+        let whole = (x.rows, out);
+        for rows in c.tile.pieces(c, &self.weight, lora.b.cols, (out, inner)) {
             let y = y.columns(rows.start, rows.len())?;
             let part = Part { rows, cols: 0..inner };
-            c.tile.with(c, &self.weight, Some(lora.b), &part, |weight| c.product(|gpu| gpu.gemm_nt(y, xt, weight, 1.0, 0.0)))?;
+            c.tile.with(c, &self.weight, Some(lora.b), &part, |weight| c.product(|gpu| gpu.gemm_nt_of(whole, y, xt, weight, 1.0, 0.0)))?;
         }
         Ok(())
     }
@@ -235,11 +238,13 @@ impl Linear {
         let hidden = xt.columns(inner, rank)?;
         let dhidden = match dxt {
             Some(dxt) => {
-                for cols in pieces(inner, out, c.gpu.tuning().piece) {
+                let whole = (dy.rows, inner + rank);
+                for cols in c.tile.pieces(c, &self.weight, lora.b.cols, (inner, out)) {
                     let width = cols.len() + if cols.end == inner { rank } else { 0 };
                     let dx = dxt.columns(cols.start, width)?;
                     let part = Part { rows: 0..out, cols };
-                    c.tile.with(c, &self.weight, Some(lora.b), &part, |weight| c.product(|gpu| gpu.gemm_nn(dx, dy, weight, 1.0, 0.0)))?;
+                    let product = |weight| c.product(|gpu| gpu.gemm_nn_of(whole, dx, dy, weight, 1.0, 0.0));
+                    c.tile.with(c, &self.weight, Some(lora.b), &part, product)?;
                 }
                 dxt.columns(inner, rank)?
             }

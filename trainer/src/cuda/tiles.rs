@@ -1,8 +1,8 @@
 //! Frozen matrices in the activations' type: a ring of device memory that INT8 rows are dequantised into, ahead of the products.
 //!
-//! A matrix that fits is brought over whole, in the pieces that products take, and stays until the ring comes round: the input gradient of a
-//! visit finds what its recompute used, and further micro-batches what the first did. One that does not fit comes piece by piece. Either way
-//! products see the same pieces, so that the ring's size changes no result.
+//! A matrix that fits is brought over and multiplied whole, and stays until the ring comes round: the input gradient of a visit finds what its recompute
+//! used, and further micro-batches what the first did. One that does not fit comes and is multiplied piece by piece. Either way products are made by
+//! the algorithm that is chosen for the whole matrix, so that the ring's size changes no result.
 //!
 //! Dequantisation may run on a stream of its own ([`serenity_cuda::Side`]). The host is a long way ahead of the device, so that stream works on
 //! later matrices, of later visits too, as soon as their memory is free: it waits for the last product that read what it overwrites, and a
@@ -107,6 +107,23 @@ impl Tiles {
         *self.state.borrow_mut() = State::default();
     }
 
+    /// Whether a matrix with so many columns behind its last one is brought over whole.
+    fn fits(&self, c: &Context<'_>, weight: &Weight, tail: usize) -> bool {
+        let (out, inner) = weight.shape();
+        c.gpu.tuning().keep && out * stride(inner, tail) * c.ty.bytes() <= self.bytes
+    }
+
+    /// The ranges of `count` rows of `width` elements (or the other way round) in which products see a matrix.
+    pub fn pieces(
+        &self,
+        c: &Context<'_>,
+        weight: &Weight,
+        tail: usize,
+        (count, width): (usize, usize),
+    ) -> impl Iterator<Item = Range<usize>> {
+        pieces(count, width, if self.fits(c, weight, tail) { usize::MAX } else { c.gpu.tuning().piece })
+    }
+
     /// Queues `product` with a part of `weight` in the activations' type: one of the pieces that it is cut into by rows or by columns. A `tail`
     /// of as many rows stands behind the last column.
     ///
@@ -161,8 +178,7 @@ impl Tiles {
         let (out, inner) = weight.shape();
         let tuning = c.gpu.tuning();
         let whole = Part { rows: 0..out, cols: 0..inner };
-        let fits = tuning.keep && out * stride(inner, tail) * c.ty.bytes() <= self.bytes;
-        let part = if fits { &whole } else { part };
+        let part = if self.fits(c, weight, tail) { &whole } else { part };
         let tail = if part.cols.end == inner { tail } else { 0 };
         let (rows, cols) = (part.rows.len(), part.cols.len());
         let stride = stride(cols, tail);
@@ -172,7 +188,8 @@ impl Tiles {
         let side = c.gpu.side();
         let mut event = || state.idle.pop().map_or_else(|| Event::new(c.gpu.context()), Ok);
         let mut ready = Vec::new();
-        for rows in pieces(rows, cols, tuning.piece) {
+        // Beside products the first rows are wanted early.
+        for rows in pieces(rows, cols, if tuning.side == Side::Off { usize::MAX } else { tuning.piece }) {
             let from = Part { rows: part.rows.start + rows.start..part.rows.start + rows.end, cols: part.cols.clone() };
             let to = mat.rows(rows.start, rows.len())?.columns(0, cols)?;
             c.clock.on(c.gpu, side, Phase::Dequantise, || convert(c.gpu, side, tuning.blocks, to, weight, &from))?;

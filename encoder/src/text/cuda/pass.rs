@@ -45,7 +45,7 @@ impl Pack {
         let of = |mat: Mat| mat.rows(0, rows);
         let (normed, packed, attended, gate_up) = (of(space.normed)?, of(space.packed)?, of(space.attended)?, of(space.gate_up)?);
         gpu.rms_norm(normed, h, w.attention_norm, eps)?;
-        gpu.gemm_nt_as(packed, normed, w.packed, 1.0, 0.0, PACK_ROWS)?;
+        gpu.gemm_nt_of((PACK_ROWS, packed.cols), packed, normed, w.packed, 1.0, 0.0)?;
         gpu.rotate_halves(packed, g.heads + g.kv_heads, self.positions, space.cos, space.sin)?;
         gpu.caption_attention(attended, packed, e.heads, self.placed)?;
         if self.pad {
@@ -53,12 +53,12 @@ impl Pack {
             let row = attended.rows(rows - 1, 1)?;
             gpu.zero(row.ptr, row.span())?;
         }
-        gpu.gemm_nt_as(h, attended, w.output, 1.0, 1.0, PACK_ROWS)?;
+        gpu.gemm_nt_of((PACK_ROWS, h.cols), h, attended, w.output, 1.0, 1.0)?;
         gpu.rms_norm(normed, h, w.mlp_norm, eps)?;
-        gpu.gemm_nt_as(gate_up, normed, w.gate_up, 1.0, 0.0, PACK_ROWS)?;
+        gpu.gemm_nt_of((PACK_ROWS, gate_up.cols), gate_up, normed, w.gate_up, 1.0, 0.0)?;
         let (gate, up) = (gate_up.columns(0, g.intermediate)?, gate_up.columns(g.intermediate, g.intermediate)?);
         gpu.swiglu(gate, gate, up)?;
-        gpu.gemm_nt_as(h, gate, w.down, 1.0, 1.0, PACK_ROWS)
+        gpu.gemm_nt_of((PACK_ROWS, h.cols), h, gate, w.down, 1.0, 1.0)
     }
 }
 

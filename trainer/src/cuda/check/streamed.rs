@@ -48,6 +48,8 @@ fn ways(states: usize) -> Vec<Way> {
             "side=high,blocks=4",
         ),
         ("as the planner likes", Limits::default(), ""),
+        ("conditioning from the host", Limits { hosted: Some(8), ..slots(2, 2) }, ""),
+        ("some of it, by pieces", Limits { hosted: Some(3), ..all }, "keep=0"),
         ("dequantised by pieces", slots(2, 2), "keep=0"),
         ("dequantised beside products", all, "side=low"),
         ("beside products, streamed", slots(2, 2), "side=high,blocks=2"),

@@ -59,7 +59,8 @@ pub(super) fn choose(fixed: &Plan, need: &Need<'_>, rings: &[usize]) -> Result<P
 
 /// The same with some of the weights that condition a micro-batch on the host.
 fn possible_parts(fixed: &Plan, need: &Need<'_>) -> impl Iterator<Item = Plan> {
-    [0, 4, CONDITIONING.len()].into_iter().filter_map(|hosted| {
+    let asked = need.limits.hosted.map(|h| vec![h]);
+    asked.unwrap_or_else(|| vec![0, 4, CONDITIONING.len()]).into_iter().filter_map(|hosted| {
         let (other, hosted_bytes) = other_bytes(need.geometry, need.ty, hosted);
         (hosted_bytes <= need.limits.hosted_max).then(|| Plan { other, hosted, hosted_bytes, ..fixed.clone() })
     })

@@ -165,6 +165,8 @@ pub struct Limits {
     pub parcels_max: usize,
     /// The same for weights outside the blocks.
     pub hosted_max: usize,
+    /// How many of the [`CONDITIONING`] linears stay on the host, instead of the planner's choice.
+    pub hosted: Option<usize>,
     /// Single blocks whose activations travel, and sets of device memory for them, instead of the planner's choice.
     pub travelling: Option<(usize, usize)>,
     /// What the device does in a second, for comparing one possibility with another.
@@ -181,6 +183,7 @@ impl Default for Limits {
             host_max: usize::MAX,
             parcels_max: usize::MAX,
             hosted_max: usize::MAX,
+            hosted: None,
             travelling: None,
             rates: Rates::default(),
         }
