@@ -73,6 +73,18 @@ KERNEL(rotate_halves_f32, (float* x, i64 stride, const u32* positions, const flo
 
 template <class T, int HD>
 __device__ __forceinline__ void fill_tile(float (&tile)[TILE][HD + 4], const T* from, i64 stride, int rows, int hd) {
+    constexpr int V = 16 / sizeof(T);
+    // The same for all threads of a block.
+    if (hd % V == 0 && stride % V == 0 && (size_t)from % 16 == 0) {
+        for (int i = threadIdx.x * V; i < TILE * HD; i += TILE * LANES * V) {
+            const int row = i / HD, col = i % HD;
+            float a[V] = {};
+            if (row < rows && col < hd) load<V>(from + row * stride + col, a);
+#pragma unroll
+            for (int j = 0; j < V; j += 4) *(float4*)&tile[row][col + j] = make_float4(a[j], a[j + 1], a[j + 2], a[j + 3]);
+        }
+        return;
+    }
     for (int i = threadIdx.x; i < TILE * HD; i += TILE * LANES) {
         const int row = i / HD, col = i % HD;
         tile[row][col] = row < rows && col < hd ? widen(from[row * stride + col]) : 0.0f;
@@ -82,7 +94,8 @@ __device__ __forceinline__ void fill_tile(float (&tile)[TILE][HD + 4], const T* 
 template <class T, int HD>
 __device__ __forceinline__ void caption_attention(T* out, i64 ostride, const T* q, const T* k, const T* v, i64 stride, const u32* tiles, int group, int hd,
                                                   float scale) {
-    __shared__ float queries[TILE][HD + 4], tile[TILE][HD + 4], weights[TILE][TILE + 1];
+    __shared__ __align__(16) float queries[TILE][HD + 4], tile[TILE][HD + 4];
+    __shared__ float weights[TILE][TILE + 1];
     const u32* at = tiles + 3 * blockIdx.x;
     const i64 start = at[0];
     const int first = at[1], rows = at[2], head = blockIdx.y, row = threadIdx.x / LANES, lane = threadIdx.x % LANES;

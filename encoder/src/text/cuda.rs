@@ -14,8 +14,6 @@ mod arrival;
 mod leaving;
 mod pass;
 
-use std::sync::{Mutex, PoisonError};
-use std::thread::JoinHandle;
 use std::time::Instant;
 
 use candle_core::DType;
@@ -29,8 +27,8 @@ use serenity_protocol::{Error, Result};
 
 use self::arrival::Arrival;
 use self::pass::Pass;
-use super::encode::{Embedding, EncodeTimes, Task};
-use super::stream::{Ending, Feed, Jobs, PLACES};
+use super::encode::{Embedding, EncodeTimes, Hidden, Task};
+use super::stream::{Buffers, Ending, Feed, Jobs, PLACES};
 use super::weights::{LayerPlaces, TextWeights};
 use crate::tokenizer::Tokens;
 
@@ -38,6 +36,8 @@ use crate::tokenizer::Tokens;
 const PACK_ROWS: usize = 4096;
 /// And where it does not: fewer gain nothing.
 const PACK_ROWS_MIN: usize = 256;
+/// Page-locked buffers beside the readers': embeddings come to the device through them, and kept states leave it.
+const STAGING: usize = 4;
 /// What the product library loads at first use.
 const LIBRARIES: u64 = 192 << 20;
 /// Left free on a device without a cap.
@@ -69,17 +69,8 @@ pub struct CudaTextEncoder {
     budget: usize,
     readers: usize,
     gpu: Gpu,
-    /// Threads that give page-locked memory back.
-    releasing: Mutex<Vec<JoinHandle<()>>>,
-}
-
-impl Drop for CudaTextEncoder {
-    /// No thread calls the driver when the process ends.
-    fn drop(&mut self) {
-        for thread in self.releasing.get_mut().unwrap_or_else(PoisonError::into_inner).drain(..) {
-            let _ = thread.join();
-        }
-    }
+    /// Page-locked.
+    buffers: Buffers,
 }
 
 /// How the memory is shared out.
@@ -152,16 +143,10 @@ impl CudaTextEncoder {
         let budget = usize::try_from(cap.saturating_sub(used + LIBRARIES)).unwrap_or(usize::MAX);
         let cores = std::thread::available_parallelism().map_or(1, usize::from);
         let readers = settings.readers.unwrap_or(READERS.min(cores)).max(1);
-        let this = Self { weights, geometry, heads, ty: settings.ty, budget, readers, gpu, releasing: Mutex::default() };
+        let buffers = Buffers::new(gpu.context(), 2 * readers + STAGING)?;
+        let this = Self { weights, geometry, heads, ty: settings.ty, budget, readers, gpu, buffers };
         pass::load_kernels(&this)?;
         Ok(this)
-    }
-
-    /// Gives page-locked memory back, which takes long, on a thread; here if there is none.
-    fn release(&self, memory: impl Send + 'static) {
-        // A thread that cannot be started drops what it was given.
-        let thread = std::thread::Builder::new().name("release".into()).spawn(move || drop(memory));
-        self.releasing.lock().unwrap_or_else(PoisonError::into_inner).extend(thread);
     }
 
     /// Its geometry.
@@ -201,7 +186,7 @@ impl CudaTextEncoder {
         let arrivals = places.iter().enumerate().map(|(i, p)| Arrival::new(&self.weights, i, p)).collect::<Result<Vec<_>>>()?;
         let layer = if arrivals.iter().any(Arrival::is_coded) { places.first().map_or(0, |p| p.bytes) } else { 0 };
         let arrival = arrivals.iter().map(|a| a.bytes).max().unwrap_or(0);
-        let plan = self.plan(captions, task.max_length, (arrival, layer))?;
+        let plan = self.plan(captions, task, (arrival, layer))?;
         let arena = tracing::trace_span!("device memory").in_scope(|| Arena::new(&self.gpu, plan.bytes))?;
         let mut times = EncodeTimes::default();
         let parts: Vec<_> = arrivals.iter().map(|a| a.parts.clone()).collect();
@@ -211,11 +196,9 @@ impl CudaTextEncoder {
         let pass = std::thread::scope(|scope| {
             let _ending = Ending(&feed);
             for number in 0..self.readers {
-                let (jobs, feed, context) = (&jobs, &feed, self.gpu.context());
+                let (jobs, feed, free) = (&jobs, &feed, &self.buffers);
                 let thread = std::thread::Builder::new().name(format!("layer reader {number}"));
-                thread
-                    .spawn_scoped(scope, move || jobs.read(context, feed))
-                    .map_err(|e| Error::absent("cannot start a thread").cause(e))?;
+                thread.spawn_scoped(scope, move || jobs.read(free, feed)).map_err(|e| Error::absent("cannot start a thread").cause(e))?;
             }
             // While the first layers are read.
             let mut pass = tracing::trace_span!("embed").in_scope(|| Pass::new(self, task, &arena, plan, captions, pad_id))?;
@@ -225,13 +208,12 @@ impl CudaTextEncoder {
             times.weight_bytes = jobs.file_bytes();
             Ok::<_, Error>(pass)
         })?;
-        self.release(feed.spent());
         pass.finish(sink)?;
         Ok(times)
     }
 
     /// The largest packs and, if possible, all states on the device.
-    fn plan(&self, captions: &[Tokens], max_length: usize, (arrival, layer): (usize, usize)) -> Result<Plan> {
+    fn plan(&self, captions: &[Tokens], task: &Task, (arrival, layer): (usize, usize)) -> Result<Plan> {
         let longest = captions.iter().map(|c| c.ids.len()).max().unwrap_or(1) + 1;
         let all = captions.iter().map(|c| c.ids.len()).sum::<usize>() + 1;
         let mut least = usize::MAX;
@@ -242,7 +224,10 @@ impl CudaTextEncoder {
                 let number = all.div_ceil(most).max(1);
                 let rows = (all.div_ceil(number) + longest).min(all).max(longest);
                 let layers = PLACES * arrival.next_multiple_of(ALIGNMENT) + layer.next_multiple_of(ALIGNMENT);
-                let bytes = layers + self.bytes(captions, max_length, rows, if resident { all } else { rows });
+                // A state that is kept has a second place while it leaves.
+                let states =
+                    if resident && matches!(task.hidden, Hidden::Memory) { 2 * all } else { rows.max(all * usize::from(resident)) };
+                let bytes = layers + self.bytes(captions, task.max_length, rows, states);
                 if bytes <= self.budget {
                     return Ok(Plan { arrival, layer, rows, resident, bytes });
                 }

@@ -144,10 +144,54 @@ impl Job {
     }
 }
 
-/// Page-locked memory, and the event behind the last copy from it.
+/// Page-locked memory, and the event behind the last copy from or to it.
 pub(super) struct Buffer {
-    memory: Pinned,
-    used: Event,
+    pub memory: Pinned,
+    pub used: Event,
+}
+
+impl Buffer {
+    fn new(context: &Arc<Context>, bytes: usize) -> Result<Self> {
+        Ok(Self { memory: Pinned::new(context, bytes)?, used: Event::sleeping(context)? })
+    }
+}
+
+/// Page-locked buffers that nobody uses: taking them takes longer than reading a layer, so they stay from pass to pass.
+pub(super) struct Buffers {
+    free: Mutex<Vec<Buffer>>,
+    context: Arc<Context>,
+}
+
+impl Buffers {
+    /// With `count` buffers of [`PIECE_BYTES`].
+    ///
+    /// # Errors
+    /// [`Error::TryAgain`] without so much page-locked memory.
+    pub fn new(context: &Arc<Context>, count: usize) -> Result<Self> {
+        let free = (0..count).map(|_| Buffer::new(context, PIECE_BYTES)).collect::<Result<_>>()?;
+        Ok(Self { free: Mutex::new(free), context: context.clone() })
+    }
+
+    fn lock(&self) -> MutexGuard<'_, Vec<Buffer>> {
+        self.free.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// A buffer of at least `bytes`.
+    ///
+    /// # Errors
+    /// [`Error::TryAgain`] if a new one is needed and cannot be had.
+    pub fn take(&self, bytes: usize) -> Result<Buffer> {
+        let found = {
+            let mut free = self.lock();
+            free.iter().rposition(|b| b.memory.bytes() >= bytes).map(|at| free.swap_remove(at))
+        };
+        found.map_or_else(|| Buffer::new(&self.context, bytes.max(PIECE_BYTES)), Ok)
+    }
+
+    /// Gives buffers back.
+    pub fn put(&self, buffers: impl IntoIterator<Item = Buffer>) {
+        self.lock().extend(buffers);
+    }
 }
 
 /// The jobs of all layers, taken one by one.
@@ -180,8 +224,6 @@ struct State {
     read: Duration,
     failed: Option<Error>,
     ended: bool,
-    /// Of readers that have nothing more to do.
-    spent: Vec<Buffer>,
 }
 
 /// Ends the readers when the pass does, however it does.
@@ -212,7 +254,6 @@ impl Feed {
             read: Duration::ZERO,
             failed: None,
             ended: false,
-            spent: Vec::new(),
         };
         Ok(Self { state: Mutex::new(state), changed: Condvar::new(), places })
     }
@@ -276,11 +317,6 @@ impl Feed {
         Ok(())
     }
 
-    /// What readers leave: its page-locked memory takes long to give back.
-    pub fn spent(self) -> impl Send + 'static {
-        self.state.into_inner().unwrap_or_else(PoisonError::into_inner).spent
-    }
-
     /// What reading took so far, all threads added up.
     pub fn read(&self) -> Duration {
         self.lock().read
@@ -315,14 +351,14 @@ impl Jobs {
     }
 
     /// What a reading thread does until there are no more jobs, or nobody wants them. What it meets is told to the feed.
-    pub fn read(&self, context: &Arc<Context>, feed: &Feed) {
-        if let Err(e) = self.read_all(context, feed) {
+    pub fn read(&self, free: &Buffers, feed: &Feed) {
+        if let Err(e) = self.read_all(free, feed) {
             feed.lock().failed.get_or_insert(e);
             feed.changed.notify_all();
         }
     }
 
-    fn read_all(&self, context: &Arc<Context>, feed: &Feed) -> Result<()> {
+    fn read_all(&self, free: &Buffers, feed: &Feed) -> Result<()> {
         let mut files = Files::default();
         let mut buffers: [Option<Buffer>; 2] = [None, None];
         for turn in [0, 1].into_iter().cycle() {
@@ -332,14 +368,14 @@ impl Jobs {
             let started = Instant::now();
             let mut filled = match buffer.take() {
                 Some(buffer) => buffer,
-                None => Buffer { memory: Pinned::new(context, self.largest)?, used: Event::sleeping(context)? },
+                None => free.take(self.largest)?,
             };
             let bytes = self.fill(&mut files, &mut filled, job)?;
             if !feed.copy(job, bytes, buffer.insert(filled), started.elapsed())? {
                 break;
             }
         }
-        feed.lock().spent.extend(buffers.into_iter().flatten());
+        free.put(buffers.into_iter().flatten());
         Ok(())
     }
 

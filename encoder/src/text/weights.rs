@@ -14,7 +14,6 @@ use std::sync::OnceLock;
 use candle_core::{DType, Device, Tensor};
 use half::bf16;
 use rayon::prelude::*;
-use safetensors::Dtype;
 use serenity_cuda::Ty;
 use serenity_cuda::arena::ALIGNMENT;
 use serenity_protocol::cache::text_model::TextGeometry;
@@ -312,53 +311,66 @@ impl TextWeights {
         Ok(LayerPlaces { parts, query, output, gate, down, attention_norm, mlp_norm, bytes: end.next_multiple_of(ALIGNMENT) })
     }
 
-    /// The embeddings of `ids`, `[ids, hidden]`, as bytes of a device's type.
-    pub fn embedded(&self, ids: &[u32], ty: Ty) -> Result<Vec<u8>> {
-        let (rows, stored) = self.embedding_rows(ids)?;
-        if matches!((stored, ty), (Dtype::BF16, Ty::Bf16) | (Dtype::F32, Ty::F32)) {
-            return Ok(rows);
+    /// Writes the embeddings of `ids`, `[ids, hidden]`, to the front of `to`, as numbers of a device's type.
+    pub fn embed_into(&self, ids: &[u32], ty: Ty, to: &mut [u8]) -> Result<()> {
+        let table = self.table()?;
+        let short = || Error::invariant("there is no room for embeddings");
+        let to = to.get_mut(..ids.len() * self.geometry.hidden * ty.bytes()).ok_or_else(short)?;
+        if matches!((table.ty, ty), (DType::BF16, Ty::Bf16) | (DType::F32, Ty::F32)) {
+            return self.rows(&table, ids, to);
         }
-        let stored = stored_type(stored).map_err(|e| e.at(self.floats.root()))?;
-        let mut converted = vec![0u8; rows.len() / stored.size_in_bytes() * ty.bytes()];
-        convert(&rows, stored, &mut converted, ty)?;
-        Ok(converted)
+        let mut rows = vec![0u8; ids.len() * self.geometry.hidden * table.ty.size_in_bytes()];
+        self.rows(&table, ids, &mut rows)?;
+        convert(&rows, table.ty, to, ty)
     }
 
     /// The embeddings of `ids`, `[ids, hidden]`: only these rows of the (large) table are read.
     pub fn embed(&self, ids: &[u32], device: &Device, dtype: DType) -> Result<Tensor> {
-        let (bytes, stored) = self.embedding_rows(ids)?;
-        let stored = stored_type(stored).map_err(|e| e.at(self.floats.root()))?;
-        upload_as(&bytes, stored, &[ids.len(), self.geometry.hidden], device, dtype).map_err(|e| e.at(self.floats.root()))
+        let table = self.table()?;
+        let mut rows = vec![0u8; ids.len() * self.geometry.hidden * table.ty.size_in_bytes()];
+        self.rows(&table, ids, &mut rows)?;
+        upload_as(&rows, table.ty, &[ids.len(), self.geometry.hidden], device, dtype).map_err(|e| e.at(self.floats.root()))
     }
 
-    /// Rows of the embedding table as they are stored.
-    fn embedding_rows(&self, ids: &[u32]) -> Result<(Vec<u8>, Dtype)> {
+    /// The embedding table, once it has been compared with its checksum if it has one.
+    fn table(&self) -> Result<Table> {
         let g = &self.geometry;
         let place = self.float_place(EMBEDDING, &[g.vocab, g.hidden])?;
-        let table = self.floats.tensor(&format!("{}{EMBEDDING}", self.prefix))?;
-        if let (Stored::Floats { xxh3: Some(expected), .. }, None) = (&place.stored, self.table_checked.get()) {
-            check(table.bytes(), *expected, "the embeddings", &place.file, place.bytes.start)?;
+        let Stored::Floats { ty, xxh3 } = place.stored else { return Err(Error::invariant("an embedding table has codes")) };
+        if let (Some(expected), None) = (xxh3, self.table_checked.get()) {
+            let table = self.floats.tensor(&format!("{}{EMBEDDING}", self.prefix))?;
+            check(table.bytes(), expected, "the embeddings", &place.file, place.bytes.start)?;
             self.table_checked.get_or_init(|| ());
         }
-        let element_bytes = if table.dtype == Dtype::F32 { 4 } else { 2 };
-        let row_bytes = g.hidden * element_bytes;
-        let mut bytes = vec![0u8; ids.len() * row_bytes];
         let file = File::open(&place.file).map_err(|e| Error::io("cannot open the weight file", &place.file, e))?;
+        Ok(Table { file, path: place.file, start: place.bytes.start, ty })
+    }
+
+    /// Reads rows of the table as they are stored.
+    fn rows(&self, table: &Table, ids: &[u32], to: &mut [u8]) -> Result<()> {
+        let row_bytes = self.geometry.hidden * table.ty.size_in_bytes();
         // Random places of a file: many threads wait for them at once, and reads need no memory map, which page-locking holds up.
-        bytes.par_chunks_exact_mut(row_bytes).zip(ids).try_for_each(|(to, &id)| {
-            if id as usize >= g.vocab {
+        to.par_chunks_exact_mut(row_bytes).zip(ids).try_for_each(|(to, &id)| {
+            if id as usize >= self.geometry.vocab {
                 return Err(Error::data(
                     "a token id lies outside the text encoder's vocabulary: tokenizer and encoder do not belong together",
                 )
                 .at(self.floats.root())
-                .expected(format!("ids below {}", g.vocab))
+                .expected(format!("ids below {}", self.geometry.vocab))
                 .found(id));
             }
-            let at = place.bytes.start + u64::from(id) * row_bytes as u64;
-            file.read_exact_at(to, at).map_err(|e| Error::io("cannot read the embeddings", &place.file, e).offset(at))
-        })?;
-        Ok((bytes, table.dtype))
+            let at = table.start + u64::from(id) * row_bytes as u64;
+            table.file.read_exact_at(to, at).map_err(|e| Error::io("cannot read the embeddings", &table.path, e).offset(at))
+        })
     }
+}
+
+/// The embedding table, `[vocab, hidden]`.
+struct Table {
+    file: File,
+    path: PathBuf,
+    start: u64,
+    ty: DType,
 }
 
 /// The values of a slab's rows, `[rows, columns]`, after their bytes have been compared with the checksums.

@@ -14,16 +14,13 @@ use serenity_protocol::{Error, Result};
 
 use super::arrival::Arrival;
 use super::leaving::Leaving;
-use super::{CudaTextEncoder, Layer, PACK_ROWS, Plan, Space};
+use super::{CudaTextEncoder, Layer, PACK_ROWS, Plan, STAGING, Space};
 use crate::tensor::{failed, upload_as};
 use crate::text::encode::{Embedding, EncodeTimes, Hidden, Task, packs};
 use crate::text::hidden::{HiddenStore, bytes_of};
-use crate::text::stream::Feed;
+use crate::text::stream::{Buffer, Feed};
 use crate::text::weights::LayerPlaces;
 use crate::tokenizer::Tokens;
-
-/// A hidden state of at most so many bytes leaves the device without being waited for.
-const LOCKED_MAX: usize = 4 << 30;
 
 /// A pack: which captions, their rows, where its rows are on the device.
 struct Pack {
@@ -137,6 +134,8 @@ impl<'a> Pass<'a> {
         let shared = if self.plan.resident { None } else { Some(self.arena.mat(e.ty, self.plan.rows, g.hidden)?) };
         let packs = packs(captions, most);
         let kept_rows = embedding_rows(&packs);
+        let row = g.hidden * e.ty.bytes();
+        let mut staging = (0..STAGING).map(|_| e.buffers.take(row)).collect::<Result<Vec<_>>>()?;
         for (index, of) in packs.into_iter().enumerate() {
             let tokens = captions.get(of.captions.clone()).unwrap_or_default();
             let pad = index == 0;
@@ -158,12 +157,11 @@ impl<'a> Pass<'a> {
             if rows > self.plan.rows {
                 return Err(Error::invariant("a pack is longer than planned").expected(self.plan.rows).found(rows));
             }
-            let embedded = e.weights.embedded(&ids, e.ty)?;
             let state = match shared {
                 Some(all) => all.rows(0, rows)?,
                 None => self.arena.mat(e.ty, rows, g.hidden)?,
             };
-            e.gpu.upload(state.ptr, &embedded)?;
+            self.bring(&ids, state, &mut staging)?;
             let at = self.arena.reserve(4 * rows)?;
             e.gpu.upload(at, &positions.iter().flat_map(|p: &u32| p.to_le_bytes()).collect::<Vec<u8>>())?;
             let placed = Captions::new(&e.gpu, self.arena, &placed)?;
@@ -172,9 +170,26 @@ impl<'a> Pass<'a> {
                 self.put_away(index)?;
             }
         }
-        // Behind the work above, which it would hold up: there is time until the first state is kept.
-        if matches!(self.task.hidden, Hidden::Memory) && self.plan.resident && self.rows * g.hidden * e.ty.bytes() <= LOCKED_MAX {
-            self.kept = Kept::Leaving(Leaving::new(e.gpu.context(), e.ty, g.hidden, self.rows, kept_rows)?);
+        if matches!(self.task.hidden, Hidden::Memory) && self.plan.resident {
+            let state = self.arena.mat(e.ty, self.rows, g.hidden)?.ptr;
+            self.kept = Kept::Leaving(Leaving::new(e.gpu.context(), (e.ty, g.hidden), (state, self.rows), kept_rows, staging)?);
+        } else {
+            e.buffers.put(staging);
+        }
+        Ok(())
+    }
+
+    /// Reads the embeddings of `ids` and copies them to `state`, through page-locked buffers in turn.
+    fn bring(&self, ids: &[u32], state: Mat, staging: &mut [Buffer]) -> Result<()> {
+        let (e, row) = (self.encoder, self.encoder.geometry.hidden * self.encoder.ty.bytes());
+        let rows = staging.iter().map(|b| b.memory.bytes()).min().unwrap_or(0) / row;
+        for (number, ids) in ids.chunks(rows.max(1)).enumerate() {
+            let Some(buffer) = staging.first_mut() else { break };
+            e.weights.embed_into(ids, e.ty, buffer.memory.bytes_after(&buffer.used)?)?;
+            // On the compute stream, in whose order the state is used.
+            e.gpu.compute().copy_in(state.ptr.offset(number * rows * row), &buffer.memory, 0, ids.len() * row)?;
+            e.gpu.compute().record(&buffer.used)?;
+            staging.rotate_left(1);
         }
         Ok(())
     }
@@ -287,8 +302,8 @@ impl<'a> Pass<'a> {
     /// Hands every caption's embedding to `sink`.
     pub fn finish(mut self, sink: &mut dyn FnMut(usize, Embedding, &Embedding) -> Result<()>) -> Result<()> {
         if let Kept::Leaving(leaving) = self.kept {
-            let mut embeddings =
-                tracing::trace_span!("last state").in_scope(|| leaving.end(self.task.keep, |memory| self.encoder.release(memory)))?;
+            let (mut embeddings, buffers) = tracing::trace_span!("last state").in_scope(|| leaving.end(self.task.keep))?;
+            self.encoder.buffers.put(buffers);
             let pad = embeddings.next_back().ok_or_else(|| Error::invariant("a pass without a pad"))??;
             return embeddings.enumerate().try_for_each(|(caption, embedding)| sink(caption, embedding?, &pad));
         }

@@ -46,6 +46,8 @@ const STATES_PER_PASS: f64 = 27.0;
 const STATES_PER_PARCEL: f64 = 22.0;
 /// Part of the best rate of a product that all of a step's reach: most of an H100's step is bound by its power. Measured: 0.80 to 0.85.
 const PRODUCTS_PART: f64 = 0.83;
+/// Part of a product's time that is lost where the matrix comes in pieces. Measured in steps of FLUX.2 [dev]: 0.027 and 0.034.
+const PIECES_LOSS: f64 = 0.03;
 /// The same of attention.
 const ATTENTION_PART: f64 = 0.5;
 /// Part of what goes to the host that the way from the host loses meanwhile.
@@ -80,6 +82,8 @@ impl fmt::Display for Forecast {
 #[derive(Debug, Clone, Copy, Default)]
 struct Work {
     linears: f64,
+    /// Operations that could have been done in the time that pieces lose.
+    lost: f64,
     attention: f64,
     traffic: f64,
 }
@@ -88,17 +92,22 @@ impl std::ops::Add for Work {
     type Output = Self;
 
     fn add(self, other: Self) -> Self {
-        Self { linears: self.linears + other.linears, attention: self.attention + other.attention, traffic: self.traffic + other.traffic }
+        Self {
+            linears: self.linears + other.linears,
+            lost: self.lost + other.lost,
+            attention: self.attention + other.attention,
+            traffic: self.traffic + other.traffic,
+        }
     }
 }
 
 impl Work {
     fn seconds(self, rates: &Rates) -> f64 {
-        (self.linears / PRODUCTS_PART + self.attention / ATTENTION_PART) / rates.flops + self.traffic / rates.memory
+        ((self.linears + self.lost) / PRODUCTS_PART + self.attention / ATTENTION_PART) / rates.flops + self.traffic / rates.memory
     }
 
-    /// One pass through a block and its attention, `attention` times as much as forward.
-    fn pass(s: &Shape, payload: &Payload, double: bool, attention: f64, again: bool) -> Self {
+    /// One pass through a block and its attention, `attention` times as much as forward, with `ring` bytes for dequantised matrices.
+    fn pass(s: &Shape, payload: &Payload, double: bool, attention: f64, again: bool, ring: usize) -> Self {
         let mut weights: f64 = payload.parts.iter().map(|p| (p.rows * p.cols) as f64).sum();
         if again {
             // The last matrix's result, `[D, ..]`, is not needed to compute gradients: that of each stream's feed-forward part, or `to_out`.
@@ -108,7 +117,10 @@ impl Work {
         // Half the matrices of a double block see the image's tokens, half the text's.
         let linears = 2.0 * weights * s.rows() as f64 / if double { 2.0 } else { 1.0 };
         let scores = 4.0 * (s.samples * s.tokens() * s.tokens() * s.inner) as f64;
-        Self { linears, attention: attention * scores, traffic: STATES_PER_PASS * s.state_bytes() as f64 }
+        let all: usize = payload.parts.iter().map(|p| p.rows * p.cols).sum();
+        let cut: usize = payload.parts.iter().map(|p| p.rows * p.cols).filter(|n| n * s.ty.bytes() > ring).sum();
+        let lost = PIECES_LOSS * linears * cut as f64 / all.max(1) as f64;
+        Self { linears, lost, attention: attention * scores, traffic: STATES_PER_PASS * s.state_bytes() as f64 }
     }
 }
 
@@ -187,17 +199,17 @@ fn visit(plan: &Plan, need: &Need<'_>, block: BlockId, forward: bool, backward: 
     let parcel = plan.travelling.contains(&block);
     for shape in need.shapes {
         if forward {
-            work = work + Work::pass(shape, payload, double, 1.0, false);
+            work = work + Work::pass(shape, payload, double, 1.0, false, plan.tile);
             work.traffic += if parcel { 2.0 * shape.state_bytes() as f64 } else { 0.0 };
             passes += 1;
         }
         if backward {
-            work = work + Work::pass(shape, payload, double, 2.5, false);
+            work = work + Work::pass(shape, payload, double, 2.5, false, plan.tile);
             passes += 1;
             if parcel {
                 work.traffic += STATES_PER_PARCEL * shape.state_bytes() as f64;
             } else if !plan.kept.contains(&block) {
-                work = work + Work::pass(shape, payload, double, 1.0, true);
+                work = work + Work::pass(shape, payload, double, 1.0, true, plan.tile);
                 passes += 1;
             }
         }
