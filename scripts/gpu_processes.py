@@ -289,7 +289,7 @@ def damage(lab, args):
                 continue
             with open(ring, "r+b") as file:
                 end = file.seek(0, 2)
-                for place in random.Random(1).sample(range(1 << 20, end), 256):
+                for place in random.Random(1).sample(range(1 << 20, end), 2048):
                     file.seek(place)
                     byte = file.read(1)
                     file.seek(place)
