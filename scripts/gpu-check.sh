@@ -33,9 +33,9 @@ if [ "${1:-}" = sanitizer ]; then
   . scripts/gpu-libraries.sh
   PATH=$PATH:/usr/local/cuda/bin
   command -v compute-sanitizer > /dev/null || { echo "error: there is no compute-sanitizer (it comes with the CUDA toolkit)" >&2; exit 69; }
-  for tool in memcheck racecheck; do
-    compute-sanitizer --tool "$tool" --error-exitcode 1 "${2:-target/release}/serenity-trainer" gpu-check golden
-  done
+  compute-sanitizer --tool memcheck --error-exitcode 1 "${2:-target/release}/serenity-trainer" gpu-check golden
+  # racecheck does not know the barriers of cuDNN's kernels and reports hazards inside them: here attention is our own.
+  SERENITY_ATTENTION=own compute-sanitizer --tool racecheck --error-exitcode 1 "${2:-target/release}/serenity-trainer" gpu-check golden
   exit 0
 fi
 if [ "${1:-}" = step ]; then

@@ -10,6 +10,19 @@ use serde::{Deserialize, Serialize};
 
 use crate::error::{Error, Result};
 
+/// Linears outside the blocks that the few rows of a micro-batch's conditioning go through once, in the order in which they leave the device for the
+/// host: those before the last go where a little memory is wanted.
+pub const CONDITIONING: [&str; 8] = [
+    "time_guidance_embed.timestep_embedder.linear_1",
+    "time_guidance_embed.timestep_embedder.linear_2",
+    "time_guidance_embed.guidance_embedder.linear_1",
+    "time_guidance_embed.guidance_embedder.linear_2",
+    "norm_out.linear",
+    "single_stream_modulation.linear",
+    "double_stream_modulation_txt.linear",
+    "double_stream_modulation_img.linear",
+];
+
 /// Geometry of the transformer, as in `transformer/config.json`. Shapes are `[out, in]` throughout.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
 pub struct TransformerGeometry {

@@ -52,9 +52,14 @@ impl Display for Plan {
                 row("", cost.to_string())?;
             }
         }
-        row("memory", amounts("trainer", &self.memory.trainer))?;
+        if self.memory.trainer_host.is_empty() {
+            row("memory", amounts("trainer", "about", &self.memory.trainer))?;
+        } else {
+            row("memory", amounts("trainer on the GPU", "at least about", &self.memory.trainer))?;
+            row("", amounts("trainer, page-locked", "at most", &self.memory.trainer_host))?;
+        }
         if !self.memory.encoder.is_empty() {
-            row("", amounts("encoder", &self.memory.encoder))?;
+            row("", amounts("encoder", "about", &self.memory.encoder))?;
         }
         for disk in &self.disk {
             let (needed, free) = (human_bytes(disk.needed_bytes), human_bytes(disk.free_bytes));
@@ -72,9 +77,9 @@ impl Display for Plan {
 }
 
 /// `trainer about 9.1 GiB: adapters 0.5 GiB, …`
-fn amounts(process: &str, parts: &[Amount]) -> String {
+fn amounts(process: &str, how: &str, parts: &[Amount]) -> String {
     let each: Vec<String> = parts.iter().map(|a| format!("{} {}", a.what, human_bytes(a.bytes))).collect();
-    format!("{process} about {}: {}", human_bytes(total(parts)), each.join(", "))
+    format!("{process} {how} {}: {}", human_bytes(total(parts)), each.join(", "))
 }
 
 impl Plan {

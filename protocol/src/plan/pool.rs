@@ -11,7 +11,7 @@ use serde::Serialize;
 
 use super::human_bytes;
 use super::memory::{RingMemory, SHM, available_memory};
-use crate::config::{Config, DeviceKind, PayloadForm};
+use crate::config::{Config, PayloadForm};
 use crate::geometry::TransformerGeometry;
 use crate::ring;
 use crate::ring::segment::RingSpec;
@@ -55,8 +55,8 @@ impl RingMemory {
     }
 }
 
-/// The ring of `config`; `trainer` are the bytes that the trainer is predicted to need.
-pub(super) fn ring_memory(config: &Config, geometry: &TransformerGeometry, trainer: u64) -> RingMemory {
+/// The ring of `config`; `on_host` are the bytes that the trainer is predicted to need on the host.
+pub(super) fn ring_memory(config: &Config, geometry: &TransformerGeometry, on_host: u64) -> RingMemory {
     let s = &config.memory.stagehand;
     let payloads = payload_bytes(geometry, s.form);
     let chosen = s.pool_bytes.is_none();
@@ -75,7 +75,6 @@ pub(super) fn ring_memory(config: &Config, geometry: &TransformerGeometry, train
     let whole: u64 = payloads.iter().map(|b| b.div_ceil(chunk_bytes)).sum();
     let slots = s.pool_bytes.map_or_else(
         || {
-            let on_host = if config.device == DeviceKind::Cpu { trainer } else { 0 };
             let memory = available_memory().map_or(u64::MAX, |a| allowed(a.saturating_add(left_over), on_host));
             let room = memory.min(free_bytes).saturating_sub(spec(2).bytes().saturating_sub(2 * chunk_bytes));
             // Tables grow with the slots: a part in 256 covers them.

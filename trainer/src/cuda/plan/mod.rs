@@ -17,6 +17,7 @@ use serenity_cuda::arena::ALIGNMENT;
 use serenity_cuda::ops::loss::MSE_PARTIALS;
 use serenity_cuda::{Arena, Mat, Ptr, Tuning, Ty};
 use serenity_protocol::Result;
+pub use serenity_protocol::geometry::CONDITIONING;
 use serenity_protocol::geometry::{BlockId, BlockKind, LinearSpec, TransformerGeometry};
 
 pub use self::forecast::{Forecast, Rates};
@@ -368,19 +369,6 @@ impl fmt::Display for Plan {
         )
     }
 }
-
-/// Linears outside the blocks that the few rows of a micro-batch's conditioning go through once, in the order in which they leave the device for the
-/// host: those before the last go where a little memory is wanted.
-pub const CONDITIONING: [&str; 8] = [
-    "time_guidance_embed.timestep_embedder.linear_1",
-    "time_guidance_embed.timestep_embedder.linear_2",
-    "time_guidance_embed.guidance_embedder.linear_1",
-    "time_guidance_embed.guidance_embedder.linear_2",
-    "norm_out.linear",
-    "single_stream_modulation.linear",
-    "double_stream_modulation_txt.linear",
-    "double_stream_modulation_img.linear",
-];
 
 /// Bytes of weights outside the blocks on the device and on the host, where the first `hosted` of [`CONDITIONING`] are.
 fn other_bytes(g: &TransformerGeometry, ty: Ty, hosted: usize) -> (usize, usize) {
