@@ -132,7 +132,7 @@ def least_memory(lab, args, first, stagehand, pool):
     if not memory:
         return 20000, 20000
     top, arena = max(d["driver"] for _, d in memory), memory[-1][1]["arena"]
-    cap = int(top - arena + 270)
+    cap = int(top - arena + 200)
     run = lab.run("refused", "eighth", args.steps, stagehand(**{**pool, "vram_high_watermark_mb": cap}), quiet=True)
     said = "".join(f.read_text(errors="replace") for f in [lab.work / "refused.err", *(lab.work / "runs/refused").glob("logs/*")])
     need, have = re.search(r"at least (\d+) MiB", said), re.search(r"found: +(\d+) MiB", said)

@@ -236,6 +236,18 @@ impl Drop for Ending<'_> {
     }
 }
 
+/// Tells the pass of a reader that panicked: it would wait for its pieces for ever.
+struct Watch<'f>(&'f Feed);
+
+impl Drop for Watch<'_> {
+    fn drop(&mut self) {
+        if std::thread::panicking() {
+            self.0.lock().failed.get_or_insert_with(|| Error::invariant("a layer reader panicked"));
+            self.0.changed.notify_all();
+        }
+    }
+}
+
 impl Feed {
     /// For `jobs`, with these places for layers.
     pub fn new(context: &Arc<Context>, jobs: &Jobs, layers: usize, places: [Ptr; PLACES]) -> Result<Self> {
@@ -352,6 +364,7 @@ impl Jobs {
 
     /// What a reading thread does until there are no more jobs, or nobody wants them. What it meets is told to the feed.
     pub fn read(&self, free: &Buffers, feed: &Feed) {
+        let _watch = Watch(feed);
         if let Err(e) = self.read_all(free, feed) {
             feed.lock().failed.get_or_insert(e);
             feed.changed.notify_all();
