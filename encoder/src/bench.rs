@@ -8,7 +8,7 @@ use std::io::Read;
 use std::path::PathBuf;
 use std::time::{Duration, Instant};
 
-use candle_core::{DType, Device, Tensor};
+use candle_core::{DType, Device};
 use serde::Serialize;
 use serenity_protocol::cache::text_model::TextGeometry;
 use serenity_protocol::config::Config;
@@ -19,15 +19,13 @@ use serenity_protocol::slab::text_encoder::TextModel;
 use serenity_protocol::{Error, Result};
 
 use crate::pixels::Pixels;
-use crate::tensor::failed;
+use crate::report;
 use crate::text::AnyTextEncoder;
 use crate::tokenizer::Tokenizer;
 use crate::vae::{Half, Place, Vae};
 
 /// Most bytes read to measure the storage.
 const READ_SAMPLE_BYTES: u64 = 1 << 30;
-/// Time given to measuring a product.
-const PRODUCT_TIME: Duration = Duration::from_millis(300);
 
 /// The result.
 #[derive(Debug, Serialize)]
@@ -128,8 +126,8 @@ fn text(config: &Config, paths: &ModelPaths, samples: &[Sample], process: &Proce
     let states = g.hidden_states(config.model.text_hidden_states)?;
     let tokens: usize = captions.iter().map(|c| c.ids.len()).sum();
     let product_rate = match encoder.gpu() {
-        None => product_rate(tokens.div_ceil(captions.len()), g.hidden, g.intermediate, &Device::Cpu, dtype)?,
-        Some(gpu) => crate::text::bench::device_product_rate(gpu, g, tokens)?,
+        None => report::product_rate(tokens.div_ceil(captions.len()), g.hidden, g.intermediate, &Device::Cpu, dtype)?,
+        Some(gpu) => report::device_product_rate(gpu, g, tokens)?,
     };
     let started = Instant::now();
     let encoded = encoder.encode(&captions, tokenizer.pad_id(), states, max_length, DType::BF16, &mut |_, _| go_on(process))?;
@@ -200,33 +198,11 @@ fn read_rate(files: &[PathBuf]) -> Result<f64> {
     Ok(bytes as f64 / started.elapsed().as_secs_f64().max(1e-9))
 }
 
-/// Operations per second of `[m, k]` times `[k, n]` (second operand transposed, as weights are).
-pub(crate) fn product_rate(m: usize, k: usize, n: usize, device: &Device, dtype: DType) -> Result<f64> {
-    let measure = || -> candle_core::Result<f64> {
-        let a = Tensor::randn(0f32, 1.0, (m, k), device)?.to_dtype(dtype)?;
-        let b = Tensor::randn(0f32, 1.0, (n, k), device)?.to_dtype(dtype)?.t()?;
-        a.matmul(&b)?;
-        device.synchronize()?;
-        let (started, mut runs) = (Instant::now(), 0u32);
-        while started.elapsed() < PRODUCT_TIME || runs < 3 {
-            a.matmul(&b)?;
-            device.synchronize()?;
-            runs += 1;
-        }
-        Ok(2.0 * (m * k * n) as f64 * f64::from(runs) / started.elapsed().as_secs_f64())
-    };
-    measure().map_err(failed("measuring a matrix product"))
-}
-
 impl Report {
     /// Prints the report on standard output.
     pub fn print(&self, json: bool) {
         if json {
-            match serde_json::to_string(self) {
-                Ok(text) => println!("{text}"),
-                Err(e) => tracing::error!("the report cannot be written: {e}"),
-            }
-            return;
+            return report::print_json(self);
         }
         let (t, v) = (&self.text, &self.vae);
         println!("device       {}", self.device);

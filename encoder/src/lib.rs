@@ -17,6 +17,7 @@ pub mod engine;
 pub mod parity;
 pub mod pixels;
 pub mod remote;
+mod report;
 pub mod run;
 pub mod tensor;
 pub mod text;

@@ -12,7 +12,7 @@ use std::time::Instant;
 use candle_core::DType;
 use serde::Serialize;
 use serenity_cuda::driver::Pinned;
-use serenity_cuda::{Arena, Event, Gpu, Ty};
+use serenity_cuda::{Arena, Event, Gpu};
 use serenity_protocol::cache::text_model::TextGeometry;
 use serenity_protocol::config::DeviceKind;
 use serenity_protocol::process::Process;
@@ -20,6 +20,7 @@ use serenity_protocol::slab::text_encoder::TextModel;
 use serenity_protocol::{Error, Result};
 
 use super::any::AnyTextEncoder;
+use crate::report;
 use crate::tokenizer::Tokens;
 
 /// Bytes of a copy whose rate is measured.
@@ -134,8 +135,8 @@ pub fn run(model: TextModel, options: &Options, process: &Process) -> Result<Rep
     let threads = options.readers.unwrap_or_else(|| std::thread::available_parallelism().map_or(1, usize::from));
     let read_rate = read_rate(&model.weight_files()?, threads)?;
     let (bus_rate, product_rate) = match encoder.gpu() {
-        Some(gpu) => (bus_rate(gpu)?, device_product_rate(gpu, &g, tokens)?),
-        None => (f64::INFINITY, crate::bench::product_rate(1024, g.hidden, g.intermediate, &candle_core::Device::Cpu, DType::F32)?),
+        Some(gpu) => (bus_rate(gpu)?, report::device_product_rate(gpu, &g, tokens)?),
+        None => (f64::INFINITY, report::product_rate(1024, g.hidden, g.intermediate, &candle_core::Device::Cpu, DType::F32)?),
     };
     let (read, bus, compute) = (weight_bytes as f64 / read_rate, weight_bytes as f64 / bus_rate, times.flops / product_rate);
     Ok(Report {
@@ -212,38 +213,11 @@ fn bus_rate(gpu: &Gpu) -> Result<f64> {
     Ok(8.0 * COPY_BYTES as f64 / (f64::from(end.since_ms(&begin)?) / 1e3))
 }
 
-/// Operations a second of the feed-forward products, which are nine tenths of a layer, on random values.
-pub(crate) fn device_product_rate(gpu: &Gpu, g: &TextGeometry, tokens: usize) -> Result<f64> {
-    let m = tokens.clamp(1, 4096);
-    let sizes = [m * g.hidden, 2 * g.intermediate * g.hidden, m * 2 * g.intermediate];
-    let arena = Arena::new(gpu, 2 * sizes.iter().sum::<usize>() + (1 << 16))?;
-    let (x, w, y) = (
-        arena.mat(Ty::Bf16, m, g.hidden)?,
-        arena.mat(Ty::Bf16, 2 * g.intermediate, g.hidden)?,
-        arena.mat(Ty::Bf16, m, 2 * g.intermediate)?,
-    );
-    gpu.fill_random(x, 1, 1.0)?;
-    gpu.fill_random(w, 2, 0.02)?;
-    let (begin, end) = (Event::timed(gpu.context())?, Event::timed(gpu.context())?);
-    gpu.gemm_nt(y, x, w, 1.0, 0.0)?;
-    gpu.compute().record(&begin)?;
-    for _ in 0..20 {
-        gpu.gemm_nt(y, x, w, 1.0, 0.0)?;
-    }
-    gpu.compute().record(&end)?;
-    end.sync()?;
-    Ok(20.0 * 2.0 * (m * g.hidden * 2 * g.intermediate) as f64 / (f64::from(end.since_ms(&begin)?) / 1e3))
-}
-
 impl Report {
     /// Prints the report on standard output.
     pub fn print(&self, json: bool) {
         if json {
-            match serde_json::to_string(self) {
-                Ok(text) => println!("{text}"),
-                Err(e) => tracing::error!("the report cannot be written: {e}"),
-            }
-            return;
+            return report::print_json(self);
         }
         println!("device       {} (opened in {:.1} s)", self.device, self.open_seconds);
         println!("text         {} captions, {} tokens, {} layers in {:.3} s", self.captions, self.tokens, self.layers, self.seconds);

@@ -17,6 +17,7 @@ use serenity_protocol::slab::text_encoder::TextModel;
 use super::any::AnyTextEncoder;
 use super::bench::{MAX_LENGTH, go_on, random_captions};
 use super::encode::Encoded;
+use crate::report;
 use crate::tensor::failed;
 
 /// What to compare.
@@ -148,11 +149,7 @@ impl Report {
     /// Prints the report on standard output.
     pub fn print(&self, json: bool) {
         if json {
-            match serde_json::to_string(self) {
-                Ok(text) => println!("{text}"),
-                Err(e) => tracing::error!("the report cannot be written: {e}"),
-            }
-            return;
+            return report::print_json(self);
         }
         println!("INT8 slab against the checkpoint, float32: {} captions, {} tokens", self.captions, self.tokens);
         for s in &self.states {

@@ -28,7 +28,8 @@ use serenity_protocol::{Error, Result};
 use self::arrival::Arrival;
 use self::pass::Pass;
 use super::encode::{Embedding, EncodeTimes, Hidden, Task};
-use super::stream::{Buffers, Ending, Feed, Jobs, PLACES};
+use super::feed::{Buffers, Ending, Feed, PLACES};
+use super::stream::Jobs;
 use super::weights::{LayerPlaces, TextWeights};
 use crate::tokenizer::Tokens;
 
@@ -192,7 +193,7 @@ impl CudaTextEncoder {
         let parts: Vec<_> = arrivals.iter().map(|a| a.parts.clone()).collect();
         let jobs = Jobs::new(&parts, self.ty);
         let places_at = [arena.reserve(plan.arrival)?, arena.reserve(plan.arrival)?];
-        let feed = Feed::new(self.gpu.context(), &jobs, places.len(), places_at)?;
+        let feed = Feed::new(self.gpu.context(), jobs.by_layer(places.len()), places_at)?;
         let pass = std::thread::scope(|scope| {
             let _ending = Ending(&feed);
             for number in 0..self.readers {

@@ -1,6 +1,6 @@
 //! The text encoder: Mistral 3, one layer at a time for all captions.
 //!
-//! On a CUDA device `cuda` does the same with the engine's operations, and `stream` brings it the layers.
+//! On a CUDA device `cuda` does the same with the engine's operations; `stream` brings it the layers, out of `files`, through `feed`.
 //!
 //! `weights` finds a layer and reads it through `direct`, `layer` is its forward pass, `encode` packs captions and drives them through the layers, `hidden` holds
 //! their states in between. Only real tokens are
@@ -14,6 +14,8 @@ pub mod compare;
 mod cuda;
 mod direct;
 mod encode;
+mod feed;
+mod files;
 mod hidden;
 mod layer;
 mod stream;

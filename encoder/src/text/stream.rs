@@ -2,39 +2,26 @@
 //!
 //! A layer is a list of [`Part`]s, each a tensor of a file and its place in the layer's memory on the device. Parts are cut into jobs of at
 //! most [`PIECE_BYTES`], numbered through all layers. Each thread has two buffers: it reads into one while the device copies from the other. Jobs are
-//! taken in order, and a layer has one of two places on the device, so that a thread whose layer has none yet waits in [`Feed::copy`] for the
-//! earlier layers alone, which others bring.
+//! taken in order, so that a thread whose layer has no place yet ([`Feed::copy`]) waits for the earlier layers alone, which others bring.
 //!
-//! What lies in the page cache (or in a memory file system) is read from there; what does not is read past it, because 33 GB that are read once
-//! would push out everything else. Tensors of another type than the device computes in are converted on the way; what has checksums is compared with them.
+//! Tensors of another type than the device computes in are converted on the way; what has checksums is compared with them.
 //!
 //! Failure: an unreadable or shortened file ends the pass with path and offset; a pass that ends early ends the threads.
 
-use std::collections::HashMap;
-use std::fs::File;
-use std::io::{self, IoSliceMut};
-use std::os::unix::fs::{FileExt, OpenOptionsExt};
-use std::path::{Path, PathBuf};
+use std::path::PathBuf;
+use std::sync::Arc;
 use std::sync::atomic::{AtomicUsize, Ordering};
-use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
-use std::time::{Duration, Instant};
+use std::time::Instant;
 
 use candle_core::DType;
 use half::{bf16, f16};
-use serenity_cuda::driver::{Context, Pinned, Priority};
-use serenity_cuda::{Event, Ptr, Stream, Ty};
+use serenity_cuda::Ty;
 use serenity_protocol::checksum::xxh3_64;
 use serenity_protocol::slab::Pages;
 use serenity_protocol::{Error, Result};
 
-use super::direct::{ALIGN, DIRECT_FILE_BYTES_MIN};
-
-/// Bytes of a page-locked buffer, and of a copy to the device.
-pub(super) const PIECE_BYTES: usize = 4 << 20;
-/// Layers that have memory on the device at a time.
-pub(super) const PLACES: usize = 2;
-/// `statfs` type of a file system in memory.
-const TMPFS_MAGIC: u64 = 0x0102_1994;
+use super::feed::{Buffer, Buffers, Feed, PIECE_BYTES};
+use super::files::Files;
 
 /// What a part holds.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -144,56 +131,6 @@ impl Job {
     }
 }
 
-/// Page-locked memory, and the event behind the last copy from or to it.
-pub(super) struct Buffer {
-    pub memory: Pinned,
-    pub used: Event,
-}
-
-impl Buffer {
-    fn new(context: &Arc<Context>, bytes: usize) -> Result<Self> {
-        Ok(Self { memory: Pinned::new(context, bytes)?, used: Event::sleeping(context)? })
-    }
-}
-
-/// Page-locked buffers that nobody uses: taking them takes longer than reading a layer, so they stay from pass to pass.
-pub(super) struct Buffers {
-    free: Mutex<Vec<Buffer>>,
-    context: Arc<Context>,
-}
-
-impl Buffers {
-    /// With `count` buffers of [`PIECE_BYTES`].
-    ///
-    /// # Errors
-    /// [`Error::TryAgain`] without so much page-locked memory.
-    pub fn new(context: &Arc<Context>, count: usize) -> Result<Self> {
-        let free = (0..count).map(|_| Buffer::new(context, PIECE_BYTES)).collect::<Result<_>>()?;
-        Ok(Self { free: Mutex::new(free), context: context.clone() })
-    }
-
-    fn lock(&self) -> MutexGuard<'_, Vec<Buffer>> {
-        self.free.lock().unwrap_or_else(PoisonError::into_inner)
-    }
-
-    /// A buffer of at least `bytes`.
-    ///
-    /// # Errors
-    /// [`Error::TryAgain`] if a new one is needed and cannot be had.
-    pub fn take(&self, bytes: usize) -> Result<Buffer> {
-        let found = {
-            let mut free = self.lock();
-            free.iter().rposition(|b| b.memory.bytes() >= bytes).map(|at| free.swap_remove(at))
-        };
-        found.map_or_else(|| Buffer::new(&self.context, bytes.max(PIECE_BYTES)), Ok)
-    }
-
-    /// Gives buffers back.
-    pub fn put(&self, buffers: impl IntoIterator<Item = Buffer>) {
-        self.lock().extend(buffers);
-    }
-}
-
 /// The jobs of all layers, taken one by one.
 pub(super) struct Jobs {
     list: Vec<Job>,
@@ -201,138 +138,6 @@ pub(super) struct Jobs {
     ty: Ty,
     /// Bytes of the largest on the device.
     largest: usize,
-}
-
-/// Where readers and the pass meet: the copy stream, the layers' places, and how far both are.
-pub(super) struct Feed {
-    state: Mutex<State>,
-    /// A layer is complete, a place is free, or the end.
-    changed: Condvar,
-    places: [Ptr; PLACES],
-}
-
-struct State {
-    copies: Stream,
-    ready: Event,
-    /// Behind the last use of each place.
-    used: [Event; PLACES],
-    /// Pieces of each layer whose copies are not queued yet.
-    missing: Vec<usize>,
-    /// Layers whose work is queued: the place of each is free for the one after the next.
-    computed: usize,
-    /// Threads reading, added up.
-    read: Duration,
-    failed: Option<Error>,
-    ended: bool,
-}
-
-/// Ends the readers when the pass does, however it does.
-pub(super) struct Ending<'f>(pub &'f Feed);
-
-impl Drop for Ending<'_> {
-    fn drop(&mut self) {
-        self.0.lock().ended = true;
-        self.0.changed.notify_all();
-    }
-}
-
-/// Tells the pass of a reader that panicked: it would wait for its pieces for ever.
-struct Watch<'f>(&'f Feed);
-
-impl Drop for Watch<'_> {
-    fn drop(&mut self) {
-        if std::thread::panicking() {
-            self.0.lock().failed.get_or_insert_with(|| Error::invariant("a layer reader panicked"));
-            self.0.changed.notify_all();
-        }
-    }
-}
-
-impl Feed {
-    /// For `jobs`, with these places for layers.
-    pub fn new(context: &Arc<Context>, jobs: &Jobs, layers: usize, places: [Ptr; PLACES]) -> Result<Self> {
-        let mut missing = vec![0; layers];
-        for job in &jobs.list {
-            if let Some(n) = missing.get_mut(job.layer) {
-                *n += 1;
-            }
-        }
-        let state = State {
-            copies: Stream::new(context, Priority::Copies)?,
-            ready: Event::new(context)?,
-            used: [Event::new(context)?, Event::new(context)?],
-            missing,
-            computed: 0,
-            read: Duration::ZERO,
-            failed: None,
-            ended: false,
-        };
-        Ok(Self { state: Mutex::new(state), changed: Condvar::new(), places })
-    }
-
-    fn lock(&self) -> MutexGuard<'_, State> {
-        // The state is whole between any two statements that can panic.
-        self.state.lock().unwrap_or_else(PoisonError::into_inner)
-    }
-
-    fn until<'s>(&self, state: MutexGuard<'s, State>, waits: impl Fn(&State) -> bool) -> MutexGuard<'s, State> {
-        self.changed.wait_while(state, |s| !s.ended && s.failed.is_none() && waits(s)).unwrap_or_else(PoisonError::into_inner)
-    }
-
-    /// Queues the copy of a piece once its layer has a place; whether there is any use in going on.
-    fn copy(&self, job: &Job, bytes: usize, buffer: &Buffer, read: Duration) -> Result<bool> {
-        let mut state = self.until(self.lock(), |s| job.layer >= s.computed + PLACES);
-        if state.ended || state.failed.is_some() {
-            return Ok(false);
-        }
-        if let (Some(place), Some(used)) = (self.places.get(job.layer % PLACES), state.used.get(job.layer % PLACES)) {
-            state.copies.wait(used)?;
-            state.copies.copy_in(place.offset(job.part.to), &buffer.memory, 0, bytes)?;
-            state.copies.record(&buffer.used)?;
-        }
-        state.read += read;
-        if let Some(n) = state.missing.get_mut(job.layer) {
-            *n -= 1;
-            if *n == 0 {
-                self.changed.notify_all();
-            }
-        }
-        Ok(true)
-    }
-
-    /// Waits until all copies of `layer` are queued and makes `compute` wait for them; where the layer is.
-    ///
-    /// # Errors
-    /// What a reader met.
-    pub fn layer(&self, layer: usize, compute: &Stream) -> Result<Ptr> {
-        let mut state = self.until(self.lock(), |s| s.missing.get(layer).is_some_and(|n| *n > 0));
-        if let Some(e) = state.failed.take() {
-            state.ended = true;
-            return Err(e);
-        }
-        state.copies.record(&state.ready)?;
-        compute.wait(&state.ready)?;
-        self.places.get(layer % PLACES).copied().ok_or_else(|| Error::invariant("a layer has no place"))
-    }
-
-    /// The work of `layer` is queued on `compute`: behind it its place is free.
-    ///
-    /// # Errors
-    /// The driver's.
-    pub fn computed(&self, layer: usize, compute: &Stream) -> Result<()> {
-        let mut state = self.lock();
-        if let Some(used) = state.used.get(layer % PLACES) {
-            compute.record(used)?;
-        }
-        state.computed = layer + 1;
-        self.changed.notify_all();
-        Ok(())
-    }
-
-    /// What reading took so far, all threads added up.
-    pub fn read(&self) -> Duration {
-        self.lock().read
-    }
 }
 
 impl Jobs {
@@ -357,6 +162,17 @@ impl Jobs {
         Self { list, next: AtomicUsize::new(0), ty, largest }
     }
 
+    /// Pieces of each of so many layers.
+    pub fn by_layer(&self, layers: usize) -> Vec<usize> {
+        let mut pieces = vec![0; layers];
+        for job in &self.list {
+            if let Some(n) = pieces.get_mut(job.layer) {
+                *n += 1;
+            }
+        }
+        pieces
+    }
+
     /// Bytes that are read for all of them.
     pub fn file_bytes(&self) -> u64 {
         self.list.iter().map(|j| j.stored_bytes() as u64).sum()
@@ -364,10 +180,9 @@ impl Jobs {
 
     /// What a reading thread does until there are no more jobs, or nobody wants them. What it meets is told to the feed.
     pub fn read(&self, free: &Buffers, feed: &Feed) {
-        let _watch = Watch(feed);
+        let _watch = feed.watch();
         if let Err(e) = self.read_all(free, feed) {
-            feed.lock().failed.get_or_insert(e);
-            feed.changed.notify_all();
+            feed.fail(e);
         }
     }
 
@@ -384,7 +199,7 @@ impl Jobs {
                 None => free.take(self.largest)?,
             };
             let bytes = self.fill(&mut files, &mut filled, job)?;
-            if !feed.copy(job, bytes, buffer.insert(filled), started.elapsed())? {
+            if !feed.copy((job.layer, job.part.to), bytes, buffer.insert(filled), started.elapsed())? {
                 break;
             }
         }
@@ -432,93 +247,6 @@ pub(super) fn convert(from: &[u8], stored: DType, to: &mut [u8], ty: Ty) -> Resu
     Ok(())
 }
 
-/// A weight file, open for reads through the page cache and past it.
-struct Opened {
-    cached: File,
-    /// `None` where the cache is as good: small files, file systems in memory, those without direct reads.
-    direct: Option<File>,
-    bytes: u64,
-}
-
-/// The files of a reading thread.
-#[derive(Default)]
-struct Files {
-    open: HashMap<PathBuf, Opened>,
-    aligned: Vec<u8>,
-}
-
-impl Files {
-    fn open(path: &Path) -> io::Result<Opened> {
-        let cached = File::open(path)?;
-        let bytes = cached.metadata()?.len();
-        let in_memory = rustix::fs::fstatfs(&cached).is_ok_and(|s| u64::try_from(s.f_type).is_ok_and(|t| t == TMPFS_MAGIC));
-        let flags = rustix::fs::OFlags::DIRECT.bits().cast_signed();
-        let direct = (!in_memory && bytes >= DIRECT_FILE_BYTES_MIN).then(|| File::options().read(true).custom_flags(flags).open(path).ok());
-        Ok(Opened { cached, direct: direct.flatten(), bytes })
-    }
-
-    fn read(&mut self, path: &Path, start: u64, to: &mut [u8]) -> Result<()> {
-        if !self.open.contains_key(path) {
-            let opened = Self::open(path).map_err(|e| Error::io("cannot open the weight file", path, e))?;
-            self.open.insert(path.to_path_buf(), opened);
-        }
-        let opened = self.open.get(path).ok_or_else(|| Error::invariant("a file was opened and is not there"))?;
-        let end = start + to.len() as u64;
-        if end > opened.bytes {
-            return Err(Error::data("the weight file became shorter")
-                .at(path)
-                .expected(format!("at least {end} bytes"))
-                .found(opened.bytes));
-        }
-        let failed = |e| Error::io("cannot read the weights", path, e).offset(start);
-        let Some(direct) = &opened.direct else { return opened.cached.read_exact_at(to, start).map_err(failed) };
-        let done = read_cached(&opened.cached, start, to);
-        let rest = to.get_mut(done..).unwrap_or_default();
-        read_direct(direct, start + done as u64, rest, &mut self.aligned, opened.bytes).map_err(failed)
-    }
-}
-
-/// Reads what the page cache has from `start` on without a gap; how many bytes that were.
-fn read_cached(file: &File, start: u64, to: &mut [u8]) -> usize {
-    let mut done = 0;
-    while done < to.len() {
-        let rest = to.get_mut(done..).unwrap_or_default();
-        match rustix::io::preadv2(file, &mut [IoSliceMut::new(rest)], start + done as u64, rustix::io::ReadWriteFlags::NOWAIT) {
-            Ok(n) if n > 0 => done += n,
-            _ => break,
-        }
-    }
-    done
-}
-
-/// Reads past the page cache, through an aligned buffer.
-fn read_direct(file: &File, start: u64, to: &mut [u8], aligned: &mut Vec<u8>, file_bytes: u64) -> io::Result<()> {
-    if to.is_empty() {
-        return Ok(());
-    }
-    let from = start / ALIGN as u64 * ALIGN as u64;
-    let skip = (start - from) as usize;
-    let length = (skip + to.len()).next_multiple_of(ALIGN);
-    if aligned.len() < length + ALIGN {
-        aligned.resize(length + ALIGN, 0);
-    }
-    let offset = aligned.as_ptr().align_offset(ALIGN).min(ALIGN);
-    let space = aligned.get_mut(offset..offset + length).unwrap_or_default();
-    let wanted = length.min(file_bytes.saturating_sub(from) as usize);
-    let mut done = 0;
-    while done < wanted {
-        match file.read_at(space.get_mut(done..).unwrap_or_default(), from + done as u64) {
-            Ok(0) => return Err(io::ErrorKind::UnexpectedEof.into()),
-            Ok(n) => done += n,
-            Err(e) if e.kind() == io::ErrorKind::Interrupted => {}
-            Err(e) => return Err(e),
-        }
-    }
-    let source = space.get(skip..skip + to.len()).ok_or(io::ErrorKind::UnexpectedEof)?;
-    to.copy_from_slice(source);
-    Ok(())
-}
-
 #[cfg(test)]
 mod tests {
     #![allow(clippy::unwrap_used, clippy::expect_used)]
@@ -535,6 +263,7 @@ mod tests {
         let expected =
             [(0, 100, most, 0), (0, 100 + far, most, 2 * most), (0, 100 + 2 * far, 5, 4 * most), (0, 100, 3, 1 << 30), (1, 100, 1, 7)];
         assert_eq!(seen, expected);
+        assert_eq!(jobs.by_layer(3), [4, 1, 0]);
         assert_eq!((jobs.file_bytes(), jobs.largest), (4 * (2 * most as u64 + 9), PIECE_BYTES));
     }
 
@@ -570,30 +299,6 @@ mod tests {
         whole.list[0].check(&bytes).unwrap();
         assert!(whole.list[0].check(&bytes[1..]).is_err());
         Jobs::new(&[vec![part(0, Proof::None)]], Ty::Bf16).list[0].check(&[1, 2]).unwrap();
-    }
-
-    #[test]
-    fn any_part_of_a_file_comes_back_cached_or_not() {
-        let temp = tempfile::NamedTempFile::new_in(env!("CARGO_MANIFEST_DIR")).unwrap();
-        let content: Vec<u8> = (0..300_001u64).map(|i| i.wrapping_mul(0x9e37_79b9_7f4a_7c15).to_le_bytes()[7]).collect();
-        std::fs::write(temp.path(), &content).unwrap();
-        let cached = File::open(temp.path()).unwrap();
-        let flags = rustix::fs::OFlags::DIRECT.bits().cast_signed();
-        for range in [0..1, 4095..4097, 1..300_001, 299_999..300_001, 100..250_000, 8192..12_288] {
-            let mut to = vec![0u8; range.len()];
-            let done = read_cached(&cached, range.start as u64, &mut to);
-            assert_eq!(to[..done], content[range.start..range.start + done]);
-            if let Ok(direct) = File::options().read(true).custom_flags(flags).open(temp.path()) {
-                to.fill(0);
-                read_direct(&direct, range.start as u64, &mut to, &mut Vec::new(), content.len() as u64).unwrap();
-                assert!(to == content[range.clone()], "{range:?}");
-            }
-            to.fill(0);
-            Files::default().read(temp.path(), range.start as u64, &mut to).unwrap();
-            assert!(to == content[range.clone()], "{range:?}");
-        }
-        assert_eq!(Files::default().read(temp.path(), 300_000, &mut [0; 2]).unwrap_err().exit_code(), 65);
-        assert_eq!(Files::default().read(Path::new("/nowhere"), 0, &mut [0; 2]).unwrap_err().exit_code(), 69);
     }
 
     #[test]

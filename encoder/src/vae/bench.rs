@@ -15,6 +15,7 @@ use super::packing::Latents;
 use super::synth::Random;
 use super::{Half, Place, Vae};
 use crate::pixels::Pixels;
+use crate::report;
 
 /// Time given to measuring a product.
 const PRODUCT_TIME: Duration = Duration::from_millis(300);
@@ -117,7 +118,7 @@ pub fn product_rate(vae: &Vae) -> Result<f64> {
     let channels = vae.geometry().block_out_channels.iter().copied().max().unwrap_or(1);
     match vae.gpu() {
         // Output pixels that a convolution computes at once on the processor.
-        None => crate::bench::product_rate(channels, 9 * channels, 512, &candle_core::Device::Cpu, candle_core::DType::F32),
+        None => report::product_rate(channels, 9 * channels, 512, &candle_core::Device::Cpu, candle_core::DType::F32),
         Some(gpu) => Ok(device_rate(gpu, [8192, 9 * channels, channels])?.max(device_rate(gpu, [4096, 4096, 4096])?)),
     }
 }
@@ -151,11 +152,7 @@ impl Report {
     /// Prints the report on standard output.
     pub fn print(&self, json: bool) {
         if json {
-            match serde_json::to_string(self) {
-                Ok(text) => println!("{text}"),
-                Err(e) => tracing::error!("the report cannot be written: {e}"),
-            }
-            return;
+            return report::print_json(self);
         }
         println!("device       {} (opened in {:.1} s)", self.device, self.open_seconds);
         println!(

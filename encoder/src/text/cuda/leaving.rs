@@ -18,7 +18,7 @@ use serenity_protocol::{Error, Result};
 
 use crate::tensor::failed;
 use crate::text::encode::Embedding;
-use crate::text::stream::Buffer;
+use crate::text::feed::Buffer;
 
 /// Bytes of a page of host memory, at least.
 const PAGE: usize = 4096;

@@ -17,8 +17,8 @@ use super::leaving::Leaving;
 use super::{CudaTextEncoder, Layer, PACK_ROWS, Plan, STAGING, Space};
 use crate::tensor::{failed, upload_as};
 use crate::text::encode::{Embedding, EncodeTimes, Hidden, Task, packs};
+use crate::text::feed::{Buffer, Feed};
 use crate::text::hidden::{HiddenStore, bytes_of};
-use crate::text::stream::{Buffer, Feed};
 use crate::text::weights::LayerPlaces;
 use crate::tokenizer::Tokens;
 
