@@ -132,6 +132,7 @@ def least_memory(lab, args, first, stagehand, pool):
     if not memory:
         return 20000, 20000
     top, arena = max(d["driver"] for _, d in memory), memory[-1][1]["arena"]
+    # The trainer sets 192 MiB aside for libraries, of which `top` has about 100: what is left is less than adapters of this model alone.
     cap = int(top - arena + 200)
     run = lab.run("refused", "eighth", args.steps, stagehand(**{**pool, "vram_high_watermark_mb": cap}), quiet=True)
     said = "".join(f.read_text(errors="replace") for f in [lab.work / "refused.err", *(lab.work / "runs/refused").glob("logs/*")])

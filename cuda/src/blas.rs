@@ -3,7 +3,9 @@
 //! A plan is made once per shape: the library's heuristics give the algorithm, and the same library on the same device gives the same one
 //! in every run. Algorithms that reduce in place in the output are excluded, sums of partial products are float32 in the workspace.
 //! Pointer alignment counts up to 16 bytes only, so that where a matrix lies in memory cannot change the algorithm, and with it the bytes.
-//! For the same reason the heuristics are asked about dense matrices (and about other sizes, if that is wanted) even where the operands are views, as long as both are aligned alike.
+//! For the same reason the heuristics are asked about dense matrices even where the operands are views, as long as both are aligned alike, and
+//! about the whole result where only a part of it is asked for. Where the algorithm cannot multiply what there is, another is taken, and it is
+//! said: the last bits of that product then depend on how the matrices are held.
 
 use std::cell::{Cell, RefCell};
 use std::collections::HashMap;
@@ -304,7 +306,10 @@ impl Blas {
         let planned = shape.planned();
         let mut algorithm = self.choose(&planned, &operation, &planned.layouts()?)?;
         if planned != *shape && !self.runs(&operation, [&a, &b, &c], &algorithm) {
-            tracing::warn!("cuBLASLt has no algorithm for {planned:?} that multiplies {shape:?} too");
+            tracing::warn!(
+                "cuBLASLt's algorithm for {planned:?} cannot multiply {shape:?}: the last bits of this product may differ from those of a run with \
+                 another amount of device memory"
+            );
             algorithm = self.choose(shape, &operation, &[a, b, c])?;
             let [a, b, c] = shape.layouts()?;
             return Ok(Plan { operation, a, b, c, algorithm });

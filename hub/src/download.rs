@@ -414,3 +414,31 @@ fn remove(path: &Path) -> Result<()> {
         _ => Ok(()),
     }
 }
+
+#[cfg(test)]
+mod tests {
+    #![allow(clippy::unwrap_used, clippy::expect_used)]
+    use super::*;
+
+    #[test]
+    fn folders_that_a_slab_stands_for_are_left_out_and_other_repositories_are_refused() {
+        let file = |name: &str, size: u64| Sibling { rfilename: name.into(), size: Some(size), lfs: None };
+        let of = |names: &[(&str, u64)]| Description { sha: "0".into(), siblings: names.iter().map(|(n, s)| file(n, *s)).collect() };
+        let id = HubId::parse("owner/name").unwrap();
+        let model = [
+            ("transformer/a.safetensors", 9),
+            ("text_encoder/b.safetensors", 8),
+            ("vae/c.safetensors", 7),
+            ("vae/config.json", 1),
+            ("model_index.json", 2),
+            ("vae/deeper/d.json", 1),
+            ("../vae/e.json", 1),
+            ("vae/picture.png", 1),
+        ];
+        let found = needed(&of(&model), &id, &["vae", "tokenizer"]).unwrap();
+        let names: Vec<&str> = found.iter().map(|f| f.rfilename.as_str()).collect();
+        assert_eq!(names, ["vae/config.json", "model_index.json", "vae/c.safetensors"]);
+        let error = needed(&of(&[("flux.safetensors", 5), ("vae/c.safetensors", 7)]), &id, &["vae"]).err().unwrap();
+        assert!(error.exit_code() == 69 && error.to_string().contains("no folder 'transformer'"), "{error}");
+    }
+}

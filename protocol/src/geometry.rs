@@ -10,8 +10,8 @@ use serde::{Deserialize, Serialize};
 
 use crate::error::{Error, Result};
 
-/// Linears outside the blocks that the few rows of a micro-batch's conditioning go through once, in the order in which they leave the device for the
-/// host: those before the last go where a little memory is wanted.
+/// Linears outside the blocks that the few rows of a micro-batch's conditioning go through once, in the order in which they leave a device that is
+/// short of memory: first the [`EMBEDDERS`], which are a tenth of them.
 pub const CONDITIONING: [&str; 8] = [
     "time_guidance_embed.timestep_embedder.linear_1",
     "time_guidance_embed.timestep_embedder.linear_2",
@@ -22,6 +22,8 @@ pub const CONDITIONING: [&str; 8] = [
     "double_stream_modulation_txt.linear",
     "double_stream_modulation_img.linear",
 ];
+/// How many of [`CONDITIONING`], from the first on, embed time and guidance.
+pub const EMBEDDERS: usize = 4;
 
 /// Geometry of the transformer, as in `transformer/config.json`. Shapes are `[out, in]` throughout.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]

@@ -60,11 +60,11 @@ pub struct Report {
     pub layers: usize,
     /// Bytes of weights read.
     pub weight_bytes: u64,
-    /// Opening files and device.
+    /// Opening files and device: context, kernels, page-locked buffers.
     pub open_seconds: f64,
     /// From token ids to embeddings in host memory.
     pub seconds: f64,
-    /// Of it, before the first layer: taking device and page-locked memory, embedding.
+    /// Of it, before the first layer: taking device memory, embedding.
     pub setup_seconds: f64,
     /// The device at work in layers.
     pub compute_seconds: f64,
@@ -72,7 +72,7 @@ pub struct Report {
     pub wait_seconds: f64,
     /// Threads reading, added up.
     pub read_seconds: f64,
-    /// Bytes a second of plain reads of these files, by as many threads.
+    /// Bytes a second of plain reads of these files, by as many threads as were asked for, or as there are processors.
     pub read_rate: f64,
     /// Bytes a second to the device.
     pub bus_rate: f64,

@@ -225,9 +225,12 @@ impl CudaTextEncoder {
                 let number = all.div_ceil(most).max(1);
                 let rows = (all.div_ceil(number) + longest).min(all).max(longest);
                 let layers = PLACES * arrival.next_multiple_of(ALIGNMENT) + layer.next_multiple_of(ALIGNMENT);
-                // A state that is kept has a second place while it leaves.
-                let states =
-                    if resident && matches!(task.hidden, Hidden::Memory) { 2 * all } else { rows.max(all * usize::from(resident)) };
+                let states = match (resident, &task.hidden) {
+                    // A state that is kept has a second place while it leaves.
+                    (true, Hidden::Memory) => 2 * all,
+                    (true, Hidden::File(_)) => all,
+                    (false, _) => rows,
+                };
                 let bytes = layers + self.bytes(captions, task.max_length, rows, states);
                 if bytes <= self.budget {
                     return Ok(Plan { arrival, layer, rows, resident, bytes });

@@ -91,7 +91,7 @@ pub struct EncodeTimes {
     pub weight_params: u64,
     /// Multiply-adds times two, of the linear layers.
     pub flops: f64,
-    /// Taking memory (page-locking is slow) and embedding the captions, on a device; the first layers are read meanwhile.
+    /// Taking device memory and embedding the captions, on a device; the first layers are read meanwhile.
     pub setup: Duration,
     /// Bytes of the layers in the files.
     pub weight_bytes: u64,

@@ -60,7 +60,7 @@ impl Pack {
 }
 
 /// Loads what a layer runs on the device, by one row through matrices that nobody has written: libraries load a kernel at its first use, which takes a tenth
-/// of a second for all of them.
+/// of a second for all of them. Where the memory allowed has no room for that, they are loaded as they come.
 pub(super) fn load_kernels(e: &CudaTextEncoder) -> Result<()> {
     let (g, ty) = (&e.geometry, e.ty);
     let weight = 2 * g.intermediate.max(e.heads.packed()) * g.hidden.max(g.heads * g.head_dim) * ty.bytes();
@@ -119,8 +119,8 @@ impl<'a> Pass<'a> {
         };
         let space = Space::new(encoder, arena, plan.rows, task.max_length)?;
         let rows: usize = captions.iter().map(|c| c.ids.len()).sum::<usize>() + 1;
-        let kept = Kept::Store;
-        let mut this = Self { encoder, task, arena, plan, space, packs: Vec::new(), store, kept, pad: [None, None, None], rows };
+        let (packs, kept, pad) = (Vec::new(), Kept::Store, [None, None, None]);
+        let mut this = Self { encoder, task, arena, plan, space, packs, store, kept, pad, rows };
         this.embed(captions, pad_id)?;
         Ok(this)
     }

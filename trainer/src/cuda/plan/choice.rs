@@ -8,7 +8,7 @@ use serenity_cuda::arena::ALIGNMENT;
 use serenity_protocol::{Error, Result};
 
 use super::forecast::first_adapted;
-use super::{CONDITIONING, Forecast, Need, Plan, is_double, measured, other_bytes};
+use super::{CONDITIONING, EMBEDDERS, Forecast, Need, Plan, is_double, measured, other_bytes};
 use crate::cuda::assignment::Slots;
 use crate::cuda::flight::Activations;
 use crate::cuda::inputs::Turns;
@@ -60,7 +60,7 @@ pub(super) fn choose(fixed: &Plan, need: &Need<'_>, rings: &[usize]) -> Result<P
 /// The same with some of the weights that condition a micro-batch on the host.
 fn possible_parts(fixed: &Plan, need: &Need<'_>) -> impl Iterator<Item = Plan> {
     let asked = need.limits.hosted.map(|h| vec![h]);
-    asked.unwrap_or_else(|| vec![0, 4, CONDITIONING.len()]).into_iter().filter_map(|hosted| {
+    asked.unwrap_or_else(|| vec![0, EMBEDDERS, CONDITIONING.len()]).into_iter().filter_map(|hosted| {
         let (other, hosted_bytes) = other_bytes(need.geometry, need.ty, hosted);
         (hosted_bytes <= need.limits.hosted_max).then(|| Plan { other, hosted, hosted_bytes, ..fixed.clone() })
     })

@@ -17,8 +17,8 @@ use serenity_cuda::arena::ALIGNMENT;
 use serenity_cuda::ops::loss::MSE_PARTIALS;
 use serenity_cuda::{Arena, Mat, Ptr, Tuning, Ty};
 use serenity_protocol::Result;
-pub use serenity_protocol::geometry::CONDITIONING;
 use serenity_protocol::geometry::{BlockId, BlockKind, LinearSpec, TransformerGeometry};
+pub use serenity_protocol::geometry::{CONDITIONING, EMBEDDERS};
 
 pub use self::forecast::{Forecast, Rates};
 use super::adapters::Region;

@@ -166,6 +166,7 @@ fn weights_of_the_conditioning_leave_the_device_where_that_is_worth_it() {
     assert!(minimum(&plan_of(4000, 1, 1024, none).unwrap_err()) > 4600);
     // Everything fits: nothing is read over the bus.
     assert_eq!(hosted(40 << 10, Limits::default()).hosted, 0);
+    assert!(CONDITIONING.iter().enumerate().all(|(i, name)| (i < EMBEDDERS) == name.contains("_embedder.")));
     let names: Vec<String> = dev().other_linears().into_iter().map(|l| l.name).collect();
     assert_eq!(CONDITIONING.iter().filter(|n| names.contains(&n.to_string())).count(), CONDITIONING.len());
 }
