@@ -71,7 +71,7 @@ fn every_module_says_what_it_is() {
 #[test]
 fn unsafe_code_lives_in_few_files() {
     // Each of these says why at its head; a new one needs a reason as good.
-    const ALLOWED: [&str; 19] = [
+    const ALLOWED: [&str; 20] = [
         "protocol/src/checkpoint.rs",
         "protocol/src/slab/simd.rs",
         "protocol/src/ring/pages.rs",
@@ -86,6 +86,7 @@ fn unsafe_code_lives_in_few_files() {
         "encoder/src/text/weights.rs",
         "cuda/src/driver.rs",
         "cuda/src/driver/host_memory.rs",
+        "cuda/src/driver/module.rs",
         "cuda/src/blas.rs",
         "cuda/src/nvrtc.rs",
         "cuda/src/attention/cudnn.rs",

@@ -101,7 +101,7 @@ impl DirectReader {
 }
 
 /// Fills `piece` up to `wanted` bytes; a direct read may bring more, up to the piece's aligned end.
-fn read_piece(file: &File, offset: u64, piece: &mut [u8], wanted: usize) -> io::Result<()> {
+pub(super) fn read_piece(file: &File, offset: u64, piece: &mut [u8], wanted: usize) -> io::Result<()> {
     let mut done = 0;
     while done < wanted {
         match file.read_at(piece.get_mut(done..).unwrap_or_default(), offset + done as u64) {
@@ -115,15 +115,21 @@ fn read_piece(file: &File, offset: u64, piece: &mut [u8], wanted: usize) -> io::
 }
 
 #[cfg(test)]
-mod tests {
+pub(super) mod tests {
     #![allow(clippy::unwrap_used, clippy::expect_used)]
     use super::*;
 
+    /// A file of so many bytes on this disk, and its content.
+    pub fn file_of(bytes: u64) -> (tempfile::NamedTempFile, Vec<u8>) {
+        let temp = tempfile::NamedTempFile::new_in(env!("CARGO_MANIFEST_DIR")).unwrap();
+        let content: Vec<u8> = (0..bytes).map(|i| i.wrapping_mul(0x9e37_79b9_7f4a_7c15).to_le_bytes()[7]).collect();
+        std::fs::write(temp.path(), &content).unwrap();
+        (temp, content)
+    }
+
     #[test]
     fn any_range_comes_back_direct_or_not() {
-        let temp = tempfile::NamedTempFile::new_in(env!("CARGO_MANIFEST_DIR")).unwrap();
-        let content: Vec<u8> = (0..9_000_001u64).map(|i| i.wrapping_mul(0x9e37_79b9_7f4a_7c15).to_le_bytes()[7]).collect();
-        std::fs::write(temp.path(), &content).unwrap();
+        let (temp, content) = file_of(9_000_001);
         for direct_bytes_min in [0, u64::MAX] {
             let mut reader = DirectReader::new(direct_bytes_min);
             for range in [0..1, 5..5, 4095..4097, 4_194_304..4_194_305, 1..9_000_001, 8_999_999..9_000_001, 100..8_000_000] {

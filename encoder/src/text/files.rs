@@ -11,7 +11,7 @@ use std::path::{Path, PathBuf};
 
 use serenity_protocol::{Error, Result};
 
-use super::direct::{ALIGN, DIRECT_FILE_BYTES_MIN};
+use super::direct::{ALIGN, DIRECT_FILE_BYTES_MIN, read_piece};
 
 /// `statfs` type of a file system in memory.
 const TMPFS_MAGIC: u64 = 0x0102_1994;
@@ -93,15 +93,7 @@ fn read_direct(file: &File, start: u64, to: &mut [u8], aligned: &mut Vec<u8>, fi
     let offset = aligned.as_ptr().align_offset(ALIGN).min(ALIGN);
     let space = aligned.get_mut(offset..offset + length).unwrap_or_default();
     let wanted = length.min(file_bytes.saturating_sub(from) as usize);
-    let mut done = 0;
-    while done < wanted {
-        match file.read_at(space.get_mut(done..).unwrap_or_default(), from + done as u64) {
-            Ok(0) => return Err(io::ErrorKind::UnexpectedEof.into()),
-            Ok(n) => done += n,
-            Err(e) if e.kind() == io::ErrorKind::Interrupted => {}
-            Err(e) => return Err(e),
-        }
-    }
+    read_piece(file, from, space, wanted)?;
     let source = space.get(skip..skip + to.len()).ok_or(io::ErrorKind::UnexpectedEof)?;
     to.copy_from_slice(source);
     Ok(())
@@ -111,12 +103,11 @@ fn read_direct(file: &File, start: u64, to: &mut [u8], aligned: &mut Vec<u8>, fi
 mod tests {
     #![allow(clippy::unwrap_used, clippy::expect_used)]
     use super::*;
+    use crate::text::direct::tests::file_of;
 
     #[test]
     fn any_part_of_a_file_comes_back_cached_or_not() {
-        let temp = tempfile::NamedTempFile::new_in(env!("CARGO_MANIFEST_DIR")).unwrap();
-        let content: Vec<u8> = (0..300_001u64).map(|i| i.wrapping_mul(0x9e37_79b9_7f4a_7c15).to_le_bytes()[7]).collect();
-        std::fs::write(temp.path(), &content).unwrap();
+        let (temp, content) = file_of(300_001);
         let cached = File::open(temp.path()).unwrap();
         let flags = rustix::fs::OFlags::DIRECT.bits().cast_signed();
         for range in [0..1, 4095..4097, 1..300_001, 299_999..300_001, 100..250_000, 8192..12_288] {

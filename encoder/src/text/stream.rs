@@ -8,7 +8,7 @@
 //!
 //! Failure: an unreadable or shortened file ends the pass with path and offset; a pass that ends early ends the threads.
 
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::sync::atomic::{AtomicUsize, Ordering};
 use std::time::Instant;
@@ -94,6 +94,14 @@ struct Job {
     part: Part,
 }
 
+/// The error for bytes of a slab that are not those that were written.
+pub(super) fn corrupt(what: &str, file: &Path, offset: u64) -> Error {
+    Error::data(format!("{what} of the text encoder's slab are corrupt"))
+        .at(file)
+        .offset(offset)
+        .advice("copy the slab's files again, or build the slab again; `serenity-slab verify` finds every damaged tensor")
+}
+
 impl Job {
     fn stored_bytes(&self) -> usize {
         self.part.elements * self.part.content.stored_bytes()
@@ -106,23 +114,16 @@ impl Job {
     /// Refuses bytes that are not those that were written.
     fn check(&self, bytes: &[u8]) -> Result<()> {
         let Part { file, start, proof, .. } = &self.part;
-        let corrupt = |offset: u64| {
-            Error::data("the text encoder's slab is corrupt")
-                .at(file)
-                .offset(offset)
-                .cause("bytes from here on do not have the checksum of the manifest")
-                .advice("copy the slab's files again, or build the slab again; `serenity-slab verify` finds every damaged tensor")
-        };
         match proof {
             Proof::None => Ok(()),
             Proof::Whole(expected) if xxh3_64(bytes) == *expected => Ok(()),
-            Proof::Whole(_) => Err(corrupt(*start)),
+            Proof::Whole(_) => Err(corrupt("bytes", file, *start)),
             Proof::Pages(pages) => {
                 for index in pages.touched_by(&(*start..start + bytes.len() as u64)) {
                     let page = pages.range(index);
                     let at = page.start.checked_sub(*start).and_then(|first| Some(first as usize..usize::try_from(page.end - start).ok()?));
                     if !at.and_then(|at| bytes.get(at)).is_some_and(|bytes| pages.matches(index, bytes)) {
-                        return Err(corrupt(page.start));
+                        return Err(corrupt("bytes", file, page.start));
                     }
                 }
                 Ok(())

@@ -25,7 +25,7 @@ use serenity_protocol::slab::text_encoder::{EMBEDDING, PREFIXES, TextModel, Text
 use serenity_protocol::{Error, Result};
 
 use super::direct::DirectReader;
-use super::stream::{Content, Part, Proof, convert};
+use super::stream::{Content, Part, Proof, convert, corrupt};
 use crate::tensor::{stored_type, upload_as};
 
 /// The weights of one layer, `[out, in]`.
@@ -146,12 +146,7 @@ fn check(bytes: &[u8], expected: u64, what: &str, file: &Path, offset: u64) -> R
     if found == expected {
         return Ok(());
     }
-    Err(Error::data(format!("{what} of the text encoder's slab are corrupt"))
-        .at(file)
-        .offset(offset)
-        .expected(format!("{} bytes with XXH3 {expected:016x}", bytes.len()))
-        .found(format!("{found:016x}"))
-        .advice("copy the slab's files again, or build the slab again; `serenity-slab verify` finds every damaged tensor"))
+    Err(corrupt(what, file, offset).expected(format!("{} bytes with XXH3 {expected:016x}", bytes.len())).found(format!("{found:016x}")))
 }
 
 impl TextWeights {
