@@ -87,8 +87,6 @@ pub struct EncodeTimes {
     pub wait: Duration,
     /// Computing.
     pub compute: Duration,
-    /// Weights that were read.
-    pub weight_params: u64,
     /// Multiply-adds times two, of the linear layers.
     pub flops: f64,
     /// Taking device memory and embedding the captions, on a device; the first layers are read meanwhile.
@@ -351,7 +349,6 @@ impl TextEncoder {
             let total = (depth * captions.len()) as u64;
             for layer in 0..depth {
                 let weights = next_layer(&receiver, &mut times)?;
-                times.weight_params += self.geometry.layer_params() as u64;
                 let started = Instant::now();
                 let _span = tracing::trace_span!("encode layer", layer, captions = captions.len()).entered();
                 pass.pad_layer(layer, &weights)?;

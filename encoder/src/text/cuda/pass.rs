@@ -237,7 +237,6 @@ impl<'a> Pass<'a> {
             feed.computed(layer, gpu.compute())?;
             spans.push((begin, end));
             self.keep(layer + 1)?;
-            times.weight_params += e.geometry.layer_params() as u64;
             times.flops += 2.0 * e.geometry.layer_params() as f64 * (self.rows - 1) as f64;
             progress(((layer + 1) * captions) as u64, (places.len() * captions) as u64)?;
         }
