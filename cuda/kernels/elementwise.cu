@@ -207,10 +207,10 @@ KERNEL(linear_row_bf16, PARAMS(bf16), linear<bf16, 8, 1> ARGS)
 KERNEL(linear_row_bf16_1, PARAMS(bf16), linear<bf16, 1, 1> ARGS)
 KERNEL(linear_row_f32, PARAMS(float), linear<float, 4, 1> ARGS)
 KERNEL(linear_row_f32_1, PARAMS(float), linear<float, 1, 1> ARGS)
-KERNEL(linear_rows_bf16, PARAMS(bf16), linear<bf16, 8, 4> ARGS)
-KERNEL(linear_rows_bf16_1, PARAMS(bf16), linear<bf16, 1, 4> ARGS)
-KERNEL(linear_rows_f32, PARAMS(float), linear<float, 4, 4> ARGS)
-KERNEL(linear_rows_f32_1, PARAMS(float), linear<float, 1, 4> ARGS)
+KERNEL(linear_rows_bf16, PARAMS(bf16), linear<bf16, 8, 8> ARGS)
+KERNEL(linear_rows_bf16_1, PARAMS(bf16), linear<bf16, 1, 8> ARGS)
+KERNEL(linear_rows_f32, PARAMS(float), linear<float, 4, 8> ARGS)
+KERNEL(linear_rows_f32_1, PARAMS(float), linear<float, 1, 8> ARGS)
 #undef PARAMS
 #undef ARGS
 

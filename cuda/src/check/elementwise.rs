@@ -132,7 +132,7 @@ fn stream_case(check: &mut Check<'_>, [samples, tokens, cols, stride]: [usize; 4
 
 /// `linear_f32`: float32 rows with a weight of either type, few rows and many, written and added.
 pub fn linear(check: &mut Check<'_>) -> Result<()> {
-    let small = [(1, 5, 8, 8), (3, 33, 100, 104), (2, 17, 77, 77), (9, 64, 256, 256)];
+    let small = [(1, 5, 8, 8), (3, 33, 100, 104), (2, 17, 77, 77), (9, 64, 256, 256), (19, 24, 72, 72)];
     let large = [(1, 36_864, 6144, 6144), (2, 36_864, 6144, 6144), (8, 36_864, 6144, 6144), (1, 6144, 15_360, 15_360)];
     for (rows, outs, cols, stride) in small.into_iter().chain(large) {
         for ty in [Ty::Bf16, Ty::F32] {

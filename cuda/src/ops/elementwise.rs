@@ -11,8 +11,8 @@ use crate::mat::{Mat, Ty};
 /// Thread blocks of a fetch: enough bytes under way for any bus, few enough to disturb nobody.
 const FETCH_BLOCKS: usize = 16;
 
-/// Rows that a warp of [`Gpu::linear_f32`] takes at once.
-const LINEAR_ROWS: usize = 4;
+/// Rows for which [`Gpu::linear_f32`] reads the weight once.
+pub const LINEAR_ROWS: usize = 8;
 
 /// Pointer and stride of a view, as kernels take them.
 fn view(mat: Mat) -> [Arg; 2] {

@@ -1,4 +1,6 @@
 //! What a micro-batch conditions every block with, on the device; and the weights outside the blocks that it comes from.
+//!
+//! Embeddings and modulation are made for all samples of a step at once: they cost reading the weights, which may lie on the host.
 #![forbid(unsafe_code)]
 
 use std::cell::Cell;
@@ -9,6 +11,7 @@ use half::bf16;
 use rayon::prelude::*;
 use serenity_cuda::arena::ALIGNMENT;
 use serenity_cuda::driver::Pinned;
+use serenity_cuda::ops::elementwise::LINEAR_ROWS;
 use serenity_cuda::{Event, Gpu, Mat, Ptr, Ty};
 use serenity_protocol::geometry::{BlockId, TransformerGeometry};
 use serenity_protocol::{Error, Result};
@@ -177,6 +180,87 @@ impl StreamModulation {
     }
 }
 
+/// Time, guidance and what is made of them: a row for each sample of a step, float32.
+#[derive(Debug, Clone, Copy)]
+pub struct Embedded {
+    /// Embedding of time and guidance, `[B, D]`.
+    pub temb: Mat,
+    wave: Mat,
+    hidden: Mat,
+    /// Both streams', the single blocks' and the final norm's modulation.
+    sets: [Mat; 4],
+}
+
+impl Embedded {
+    /// Reserves it for so many samples.
+    ///
+    /// # Errors
+    /// If there is not so much left.
+    pub fn new(r: &dyn Reserve, g: &TransformerGeometry, samples: usize) -> Result<Self> {
+        let d = g.inner_dim();
+        let mat = |cols: usize| r.mat(Ty::F32, samples, cols);
+        Ok(Self {
+            temb: mat(d)?,
+            wave: mat(g.timestep_guidance_channels)?,
+            hidden: mat(d)?,
+            sets: [mat(6 * d)?, mat(6 * d)?, mat(3 * d)?, mat(2 * d)?],
+        })
+    }
+
+    /// Those of `count` samples from `first` on.
+    ///
+    /// # Errors
+    /// [`Error::Invariant`] beyond the last.
+    pub fn rows(&self, first: usize, count: usize) -> Result<Self> {
+        let of = |m: Mat| m.rows(first, count);
+        let [image, text, single, out] = self.sets;
+        Ok(Self {
+            temb: of(self.temb)?,
+            wave: of(self.wave)?,
+            hidden: of(self.hidden)?,
+            sets: [of(image)?, of(text)?, of(single)?, of(out)?],
+        })
+    }
+
+    /// Computes it, in float32 whatever the activations are: it is used by every block, and its few rows cost no more than reading the weights.
+    /// A row depends on no other. `samples` has a timestep and a guidance of each.
+    ///
+    /// # Errors
+    /// The engine's.
+    pub fn fill(&self, c: &Context<'_>, g: &TransformerGeometry, other: &Other, samples: &[(f32, Option<f32>)]) -> Result<()> {
+        let timesteps: Vec<f32> = samples.iter().map(|s| s.0).collect();
+        self.embed(c, g, other, "timestep_embedder", &timesteps, false)?;
+        let mut first = 0;
+        for run in samples.chunk_by(|a, b| a.1.is_some() == b.1.is_some()) {
+            let guidance: Vec<f32> = run.iter().filter_map(|s| s.1).collect();
+            if g.guidance_embeds && !guidance.is_empty() {
+                self.rows(first, run.len())?.embed(c, g, other, "guidance_embedder", &guidance, true)?;
+            }
+            first += run.len();
+        }
+        let reads = samples.len().div_ceil(LINEAR_ROWS) as u64;
+        other.read_bytes.set(other.read_bytes.get() + reads * other.host.as_ref().map_or(0, |h| h.bytes() as u64));
+        let names = ["double_stream_modulation_img", "double_stream_modulation_txt", "single_stream_modulation", "norm_out"];
+        c.pass(|gpu| gpu.silu(self.hidden, self.temb))?;
+        for (name, set) in names.into_iter().zip(self.sets) {
+            let weight = other.linear(&format!("{name}.linear"))?;
+            c.product(|gpu| gpu.linear_f32(set, self.hidden, weight, false))?;
+        }
+        Ok(())
+    }
+
+    fn embed(&self, c: &Context<'_>, g: &TransformerGeometry, other: &Other, name: &str, values: &[f32], add: bool) -> Result<()> {
+        // On the host: the waves' last bit counts, and they are few.
+        let waves = sinusoid(values, g.timestep_guidance_channels, &Device::Cpu).map_err(|e| tensor_error("cannot embed the time", e))?;
+        c.gpu.upload(self.wave.ptr, &bytes_of(&waves, Ty::F32)?)?;
+        let linear = |part: &str| other.linear(&format!("time_guidance_embed.{name}.{part}"));
+        let (first, second) = (linear("linear_1")?, linear("linear_2")?);
+        c.product(|gpu| gpu.linear_f32(self.hidden, self.wave, first, false))?;
+        c.pass(|gpu| gpu.silu(self.hidden, self.hidden))?;
+        c.product(|gpu| gpu.linear_f32(self.temb, self.hidden, second, add))
+    }
+}
+
 /// Everything that a block needs besides weights and hidden states.
 #[derive(Debug, Clone, Copy)]
 pub struct Conditioning {
@@ -196,34 +280,18 @@ pub struct Conditioning {
     pub cos: Mat,
     /// Sines of it.
     pub sin: Mat,
-    space: Space,
-}
-
-#[derive(Debug, Clone, Copy)]
-struct Space {
-    wave: Mat,
-    hidden: Mat,
-    /// Both streams', the single blocks' and the final norm's modulation, float32.
-    sets: [Mat; 4],
 }
 
 impl Conditioning {
-    /// Reserves it.
+    /// Reserves the rotary tables beside what is `embedded` of these samples.
     ///
     /// # Errors
     /// If there is not so much left.
-    pub fn new(r: &dyn Reserve, g: &TransformerGeometry, s: &Shape) -> Result<Self> {
-        let (b, d) = (s.samples, s.inner);
-        let set = |count: usize| r.mat(Ty::F32, b, count * d);
-        let space = Space {
-            wave: r.mat(Ty::F32, b, g.timestep_guidance_channels)?,
-            hidden: r.mat(Ty::F32, b, d)?,
-            sets: [set(6)?, set(6)?, set(3)?, set(2)?],
-        };
-        let [image, text, single, out] = space.sets;
+    pub fn new(r: &dyn Reserve, s: &Shape, embedded: &Embedded) -> Result<Self> {
+        let ([image, text, single, out], d) = (embedded.sets, s.inner);
         let table = || r.mat(Ty::F32, s.tokens(), s.head_dim / 2);
         Ok(Self {
-            temb: r.mat(Ty::F32, b, d)?,
+            temb: embedded.temb,
             image: StreamModulation::of(image, d)?,
             text: StreamModulation::of(text, d)?,
             single: Modulation::of(single, 0, d)?,
@@ -232,49 +300,16 @@ impl Conditioning {
             out_shift: out.columns(d, d)?,
             cos: table()?,
             sin: table()?,
-            space,
         })
     }
 
-    /// Computes it, in float32 whatever the activations are: it is used by every block, and its few rows cost no more than reading the weights.
-    /// `timestep` and `guidance` have one value a sample; `cos` and `sin` are those of the joint sequence.
+    /// Copies the tables of the joint sequence.
     ///
     /// # Errors
     /// The engine's.
-    pub fn fill(
-        &self,
-        c: &Context<'_>,
-        g: &TransformerGeometry,
-        other: &Other,
-        (timestep, guidance): (&[f32], Option<&[f32]>),
-        (cos, sin): (&Tensor, &Tensor),
-    ) -> Result<()> {
+    pub fn turn(&self, c: &Context<'_>, cos: &Tensor, sin: &Tensor) -> Result<()> {
         c.gpu.upload(self.cos.ptr, &bytes_of(cos, Ty::F32)?)?;
-        c.gpu.upload(self.sin.ptr, &bytes_of(sin, Ty::F32)?)?;
-        self.embed(c, g, other, "timestep_embedder", timestep, false)?;
-        if let (true, Some(guidance)) = (g.guidance_embeds, guidance) {
-            self.embed(c, g, other, "guidance_embedder", guidance, true)?;
-        }
-        other.read_bytes.set(other.read_bytes.get() + other.host.as_ref().map_or(0, |h| h.bytes() as u64));
-        let names = ["double_stream_modulation_img", "double_stream_modulation_txt", "single_stream_modulation", "norm_out"];
-        c.pass(|gpu| gpu.silu(self.space.hidden, self.temb))?;
-        for (name, set) in names.into_iter().zip(self.space.sets) {
-            let weight = other.linear(&format!("{name}.linear"))?;
-            c.product(|gpu| gpu.linear_f32(set, self.space.hidden, weight, false))?;
-        }
-        Ok(())
-    }
-
-    fn embed(&self, c: &Context<'_>, g: &TransformerGeometry, other: &Other, name: &str, values: &[f32], add: bool) -> Result<()> {
-        // On the host: the waves' last bit counts, and they are few.
-        let waves = sinusoid(values, g.timestep_guidance_channels, &Device::Cpu).map_err(|e| tensor_error("cannot embed the time", e))?;
-        let Space { wave, hidden, .. } = self.space;
-        c.gpu.upload(wave.ptr, &bytes_of(&waves, Ty::F32)?)?;
-        let linear = |part: &str| other.linear(&format!("time_guidance_embed.{name}.{part}"));
-        let (first, second) = (linear("linear_1")?, linear("linear_2")?);
-        c.product(|gpu| gpu.linear_f32(hidden, wave, first, false))?;
-        c.pass(|gpu| gpu.silu(hidden, hidden))?;
-        c.product(|gpu| gpu.linear_f32(self.temb, hidden, second, add))
+        c.gpu.upload(self.sin.ptr, &bytes_of(sin, Ty::F32)?)
     }
 }
 

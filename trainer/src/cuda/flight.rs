@@ -8,7 +8,7 @@ use serenity_cuda::{Mat, Ptr, Ty};
 use serenity_protocol::geometry::{BlockId, TransformerGeometry};
 use serenity_protocol::{Error, Result};
 
-use super::conditioning::Conditioning;
+use super::conditioning::{Conditioning, Embedded};
 use super::double::{self, Pair};
 use super::inputs::{States, Turns};
 use super::plan::{Reserve, Shape};
@@ -49,6 +49,12 @@ impl<'t> Sample<'t> {
             guidance: batch.guidance.map(|g| vec![g; b]),
             positions: Rope::positions(text, batch.height, batch.width),
         })
+    }
+
+    /// Time and guidance of each sample.
+    pub fn times(&self) -> impl Iterator<Item = (f32, Option<f32>)> {
+        let guidance = |i: usize| self.guidance.as_ref().and_then(|g| g.get(i).copied());
+        self.timestep.iter().enumerate().map(move |(i, t)| (*t, guidance(i)))
     }
 
     /// `(samples, text tokens, image tokens)`, checked against the model.
@@ -100,15 +106,15 @@ pub struct FlightSpace {
 }
 
 impl FlightSpace {
-    /// Reserves it, with block inputs kept as `turns` says.
+    /// Reserves it beside what is `embedded` of its samples, with block inputs kept as `turns` says.
     ///
     /// # Errors
     /// If there is not so much left.
-    pub fn new(r: &dyn Reserve, g: &TransformerGeometry, s: &Shape, turns: Turns) -> Result<Self> {
+    pub fn new(r: &dyn Reserve, g: &TransformerGeometry, s: &Shape, embedded: &Embedded, turns: Turns) -> Result<Self> {
         let hidden = || r.mat(s.ty, s.rows(), s.inner);
         let stream = if s.ty == Ty::Bf16 { Some(r.mat(Ty::F32, s.rows(), s.inner)?) } else { None };
         Ok(Self {
-            conditioning: Conditioning::new(r, g, s)?,
+            conditioning: Conditioning::new(r, s, embedded)?,
             states: States::new(r, s, g.num_blocks() + 1, turns)?,
             stream,
             gradient: stream.map_or_else(hidden, |stream| Ok(Mat::new(stream.ptr, s.ty, s.rows(), s.inner)))?,

@@ -12,7 +12,7 @@ use serenity_protocol::{Error, Result};
 use super::attention::Engines;
 use super::clock::{Clock, Phase};
 use super::plan::{Reserve, Shape};
-use super::tiles::{Part, Tiles};
+use super::tiles::{Beside, Part, Tiles};
 
 /// What the operations of a visit share.
 #[derive(Debug, Clone, Copy)]
@@ -142,7 +142,7 @@ impl Linear {
         self.check("input", x, x.rows, inner)?;
         self.check("output", y, x.rows, out)?;
         let whole = (x.rows, out);
-        for rows in c.tile.pieces(c, &self.weight, 0, (out, inner)) {
+        for rows in c.tile.by_rows(c, &self.weight, None) {
             let y = y.columns(rows.start, rows.len())?;
             let part = Part { rows, cols: 0..inner };
             c.tile.with(c, &self.weight, None, &part, |weight| c.product(|gpu| gpu.gemm_nt_of(whole, y, x, weight, 1.0, 0.0)))?;
@@ -166,20 +166,14 @@ impl Linear {
         let (out, inner) = self.weight.shape();
         self.check("output's gradient", dy, dy.rows, out)?;
         let low = low.rows(dy.rows)?;
-        if let Some(lora) = self.lora {
-            self.check("input", x, dy.rows, inner)?;
-            c.product(|gpu| {
-                gpu.gemm_nn(low.0, dy, lora.b, lora.scale, 0.0)?;
-                gpu.gemm_nt(low.1, x, lora.a, lora.scale, 0.0)?;
-                gpu.gemm_tn(lora.da, low.0, x, 1.0, 1.0)?;
-                gpu.gemm_tn(lora.db, dy, low.1, 1.0, 1.0)
-            })?;
+        if let Some(lora) = &self.lora {
+            self.adapter_gradients(c, lora, x, dy, low)?;
         }
         let Some(dx) = dx else { return Ok(()) };
         self.check("input's gradient", dx, dy.rows, inner)?;
         let beta = if add { 1.0 } else { 0.0 };
         let whole = (dy.rows, inner);
-        for cols in c.tile.pieces(c, &self.weight, 0, (inner, out)) {
+        for cols in c.tile.by_columns(c, &self.weight, None) {
             let dx = dx.columns(cols.start, cols.len())?;
             let part = Part { rows: 0..out, cols };
             c.tile.with(c, &self.weight, None, &part, |weight| c.product(|gpu| gpu.gemm_nn_of(whole, dx, dy, weight, 1.0, beta)))?;
@@ -203,10 +197,11 @@ impl Linear {
         self.tail(c, xt)?;
         let xt = xt.columns(0, inner + lora.a.rows)?;
         let whole = (x.rows, out);
-        for rows in c.tile.pieces(c, &self.weight, lora.b.cols, (out, inner)) {
+        let beside = Some(Beside::Behind(lora.b));
+        for rows in c.tile.by_rows(c, &self.weight, beside) {
             let y = y.columns(rows.start, rows.len())?;
             let part = Part { rows, cols: 0..inner };
-            c.tile.with(c, &self.weight, Some(lora.b), &part, |weight| c.product(|gpu| gpu.gemm_nt_of(whole, y, xt, weight, 1.0, 0.0)))?;
+            c.tile.with(c, &self.weight, beside, &part, |weight| c.product(|gpu| gpu.gemm_nt_of(whole, y, xt, weight, 1.0, 0.0)))?;
         }
         Ok(())
     }
@@ -238,13 +233,13 @@ impl Linear {
         let hidden = xt.columns(inner, rank)?;
         let dhidden = match dxt {
             Some(dxt) => {
-                let whole = (dy.rows, inner + rank);
-                for cols in c.tile.pieces(c, &self.weight, lora.b.cols, (inner, out)) {
+                let (whole, beside) = ((dy.rows, inner + rank), Some(Beside::Behind(lora.b)));
+                for cols in c.tile.by_columns(c, &self.weight, beside) {
                     let width = cols.len() + if cols.end == inner { rank } else { 0 };
                     let dx = dxt.columns(cols.start, width)?;
                     let part = Part { rows: 0..out, cols };
                     let product = |weight| c.product(|gpu| gpu.gemm_nn_of(whole, dx, dy, weight, 1.0, 0.0));
-                    c.tile.with(c, &self.weight, Some(lora.b), &part, product)?;
+                    c.tile.with(c, &self.weight, beside, &part, product)?;
                 }
                 dxt.columns(inner, rank)?
             }
@@ -261,6 +256,44 @@ impl Linear {
         let Some(dxt) = dxt else { return Ok(()) };
         let dx = dxt.columns(0, inner)?;
         c.product(|gpu| gpu.gemm_nn(dx, dhidden, lora.a, lora.scale, 1.0))
+    }
+
+    /// As [`Self::backward`], from a [`joined`] matrix with the gradient of `y` in front. Its tail becomes `dy B`, so that one product with the frozen
+    /// matrix and A below each other gives the sum of both: `dx` is written once and never read.
+    ///
+    /// # Errors
+    /// [`Error::Invariant`] if the shapes do not fit.
+    pub fn backward_below(&self, c: &Context<'_>, x: Mat, dyt: Mat, dx: Option<Mat>, low: Low) -> Result<()> {
+        let (out, inner) = self.weight.shape();
+        let dy = dyt.columns(0, out)?;
+        let (Some(lora), Some(dx)) = (self.lora.filter(|_| c.gpu.tuning().join), dx) else {
+            return self.backward(c, x, dy, dx, false, low);
+        };
+        let tail = dyt.columns(out, lora.b.cols)?;
+        self.adapter_gradients(c, &lora, x, dy, Low(tail, low.1))?;
+        self.check("input's gradient", dx, dy.rows, inner)?;
+        let dyt = dyt.columns(0, out + lora.b.cols)?;
+        let (whole, beside) = ((dy.rows, inner), Some(Beside::Below(lora.a)));
+        for cols in c.tile.by_columns(c, &self.weight, beside) {
+            let dx = dx.columns(cols.start, cols.len())?;
+            let part = Part { rows: 0..out, cols };
+            c.tile.with(c, &self.weight, beside, &part, |weight| c.product(|gpu| gpu.gemm_nn_of(whole, dx, dyt, weight, 1.0, 0.0)))?;
+        }
+        Ok(())
+    }
+
+    /// Adds the adapter's gradients, and leaves `dy B` and `x Aᵀ` in `low`, both scaled.
+    fn adapter_gradients(&self, c: &Context<'_>, lora: &Lora, x: Mat, dy: Mat, low: Low) -> Result<()> {
+        let (out, inner) = self.weight.shape();
+        self.check("output's gradient", dy, dy.rows, out)?;
+        self.check("input", x, dy.rows, inner)?;
+        let low = low.rows(dy.rows)?;
+        c.product(|gpu| {
+            gpu.gemm_nn(low.0, dy, lora.b, lora.scale, 0.0)?;
+            gpu.gemm_nt(low.1, x, lora.a, lora.scale, 0.0)?;
+            gpu.gemm_tn(lora.da, low.0, x, 1.0, 1.0)?;
+            gpu.gemm_tn(lora.db, dy, low.1, 1.0, 1.0)
+        })
     }
 
     fn check(&self, what: &str, mat: Mat, rows: usize, cols: usize) -> Result<()> {

@@ -16,7 +16,7 @@ use serenity_protocol::{Error, Result};
 
 use super::attention::Engines;
 use super::clock::Stage;
-use super::conditioning::bytes_of;
+use super::conditioning::{Embedded, bytes_of};
 use super::double::{self, Pair, merge, split};
 use super::flight::{Activations, Back, EntrySpace, Flight, FlightSpace, Have, HeadSpace, Sample};
 use super::inputs::{Turns, moved_bytes};
@@ -110,9 +110,14 @@ impl CudaStep {
         self.traffic.begin(&self.gpu, back.unwrap_or(0))?;
         self.parcels.begin(&self.gpu, 0)?;
         let turns = if back.is_some() { self.plan.turns } else { Turns::new(g.num_blocks() + 1, 2) };
-        let mut flights = Vec::with_capacity(samples.len());
+        let times: Vec<(f32, Option<f32>)> = samples.iter().flat_map(Sample::times).collect();
+        let embedded = Embedded::new(&self.arena, &g, times.len())?;
+        embedded.fill(&self.context(None), &g, &self.other, &times)?;
+        let (mut flights, mut first) = (Vec::with_capacity(samples.len()), 0);
         for sample in samples {
             let sizes = sample.sizes(&g)?;
+            let rows = embedded.rows(first, sizes.0)?;
+            first += sizes.0;
             let mut shape = Shape::new(&g, self.ty, self.rank, sizes.0, sizes.1, sizes.2);
             let engines = match self.engines.iter().position(|(s, _)| *s == sizes) {
                 Some(index) => index,
@@ -122,7 +127,7 @@ impl CudaStep {
                 }
             };
             shape.workspace = self.engines.get(engines).map_or(0, |(_, e)| e.workspace_bytes());
-            let space = FlightSpace::new(&self.arena, &g, &shape, turns)?;
+            let space = FlightSpace::new(&self.arena, &g, &shape, &rows, turns)?;
             let state_bytes = shape.state_bytes().next_multiple_of(ALIGNMENT);
             let traffic = if back.is_some() { Some(self.traffic.join(&self.gpu, state_bytes)?) } else { None };
             let sets = if back.is_some() { self.plan.parcels.count } else { 0 };
@@ -139,13 +144,12 @@ impl CudaStep {
         Ok(flights)
     }
 
-    /// Copies the inputs, embeds tokens and time.
+    /// Copies the inputs and embeds the tokens.
     fn enter(&mut self, flight: &Flight, sample: &Sample<'_>) -> Result<()> {
         let mark = self.arena.mark();
         let rope = self.rope(&sample.positions)?;
         let (c, g, s) = (self.flight_context(flight), &self.geometry, &flight.space);
-        let guidance = sample.guidance.as_deref();
-        s.conditioning.fill(&c, g, &self.other, (&sample.timestep, guidance), (rope.cos(), rope.sin()))?;
+        s.conditioning.turn(&c, rope.cos(), rope.sin())?;
         let entry = EntrySpace::new(&self.arena, g, &flight.shape)?;
         self.gpu.upload(entry.noisy.ptr, &bytes_of(sample.noisy, Ty::F32)?)?;
         self.gpu.upload(entry.context.ptr, &bytes_of(sample.context, self.ty)?)?;

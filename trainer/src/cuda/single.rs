@@ -95,7 +95,8 @@ pub struct Space {
     heads: Heads,
     kept: Kept,
     joined: Mat,
-    /// Output of `to_out`, its gradient, and the gradient of `normed` (joined as that is), one after the other.
+    /// Output of `to_out`, its gradient (joined with that of its low-rank branch), and the gradient of `normed` (joined as that is), one after
+    /// the other.
     out: Mat,
     low: Low,
     djoined: Mat,
@@ -259,7 +260,7 @@ impl Weights {
         }
         let dout = w.out.columns(0, s.inner)?;
         c.pass(|gpu| gpu.gated_residual_bwd(dout, cond.single.gate, dh))?;
-        self.out.backward(c, w.joined, dout, need_projected.then_some(w.djoined), false, w.low)?;
+        self.out.backward_below(c, w.joined, w.out, need_projected.then_some(w.djoined), w.low)?;
         if !need_projected {
             return Ok(());
         }

@@ -47,14 +47,56 @@ pub struct Part {
     pub cols: Range<usize>,
 }
 
+/// A matrix of an adapter beside a frozen one, so that one product takes both.
+#[derive(Debug, Clone, Copy)]
+pub enum Beside {
+    /// B, `[out, r]`, behind the last column.
+    Behind(Mat),
+    /// A, `[r, in]`, below the last row.
+    Below(Mat),
+}
+
+/// Columns behind and rows below a part of a frozen matrix in the ring.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
+struct Margin {
+    behind: usize,
+    below: usize,
+}
+
+impl Margin {
+    fn of(beside: Option<Beside>) -> Self {
+        match beside {
+            None => Self::default(),
+            Some(Beside::Behind(b)) => Self { behind: b.cols, below: 0 },
+            Some(Beside::Below(a)) => Self { behind: 0, below: a.rows },
+        }
+    }
+
+    /// What of it stands beside a part of a matrix `[out, inner]`: only what is at its edge.
+    fn at(self, part: &Part, (out, inner): (usize, usize)) -> Self {
+        let there = |end: usize, edge: usize, margin: usize| if end == edge { margin } else { 0 };
+        Self { behind: there(part.cols.end, inner, self.behind), below: there(part.rows.end, out, self.below) }
+    }
+
+    /// Bytes of so many rows and columns with it.
+    fn bytes(self, (rows, cols): (usize, usize), ty: Ty) -> usize {
+        (rows + self.below) * self.stride(cols) * ty.bytes()
+    }
+
+    /// Elements from one row to the next: rows with something behind them start at multiples of 16 bytes.
+    fn stride(self, cols: usize) -> usize {
+        if self.behind == 0 { cols } else { (cols + self.behind).next_multiple_of(8) }
+    }
+}
+
 /// Rows of an entry that are dequantised at once.
 #[derive(Debug)]
 struct Piece {
     rows: Range<usize>,
     /// Behind their dequantisation, until the compute stream has waited for it.
     ready: Option<Event>,
-    /// Whether the tail's columns are there.
-    tailed: bool,
+    /// Whether the columns behind them are there.
+    behind: bool,
 }
 
 /// A part of the ring's memory that holds a part of a matrix.
@@ -63,8 +105,10 @@ struct Entry {
     /// Where the matrix comes from, and which part of it this is.
     from: Ptr,
     part: Part,
-    /// Columns of the tail behind those of the part.
-    tail: usize,
+    /// What there is room for beside the part.
+    margin: Margin,
+    /// Whether the rows below are there.
+    below: bool,
     place: Range<usize>,
     mat: Mat,
     pieces: Vec<Piece>,
@@ -107,25 +151,29 @@ impl Tiles {
         *self.state.borrow_mut() = State::default();
     }
 
-    /// Whether a matrix with so many columns behind its last one is brought over whole.
-    fn fits(&self, c: &Context<'_>, weight: &Weight, tail: usize) -> bool {
+    /// Whether a matrix with so much beside it is brought over whole.
+    fn fits(&self, c: &Context<'_>, weight: &Weight, margin: Margin) -> bool {
+        c.gpu.tuning().keep && margin.bytes(weight.shape(), c.ty) <= self.bytes
+    }
+
+    /// The ranges of rows in which products see a matrix.
+    pub fn by_rows(&self, c: &Context<'_>, weight: &Weight, beside: Option<Beside>) -> impl Iterator<Item = Range<usize>> {
         let (out, inner) = weight.shape();
-        c.gpu.tuning().keep && out * stride(inner, tail) * c.ty.bytes() <= self.bytes
+        pieces(out, inner, self.largest(c, weight, beside))
     }
 
-    /// The ranges of `count` rows of `width` elements (or the other way round) in which products see a matrix.
-    pub fn pieces(
-        &self,
-        c: &Context<'_>,
-        weight: &Weight,
-        tail: usize,
-        (count, width): (usize, usize),
-    ) -> impl Iterator<Item = Range<usize>> {
-        pieces(count, width, if self.fits(c, weight, tail) { usize::MAX } else { c.gpu.tuning().piece })
+    /// The ranges of columns in which products see a matrix.
+    pub fn by_columns(&self, c: &Context<'_>, weight: &Weight, beside: Option<Beside>) -> impl Iterator<Item = Range<usize>> {
+        let (out, inner) = weight.shape();
+        pieces(inner, out, self.largest(c, weight, beside))
     }
 
-    /// Queues `product` with a part of `weight` in the activations' type: one of the pieces that it is cut into by rows or by columns. A `tail`
-    /// of as many rows stands behind the last column.
+    fn largest(&self, c: &Context<'_>, weight: &Weight, beside: Option<Beside>) -> usize {
+        if self.fits(c, weight, Margin::of(beside)) { usize::MAX } else { c.gpu.tuning().piece }
+    }
+
+    /// Queues `product` with a part of `weight` in the activations' type: one of the pieces that it is cut into by rows or by columns, with what
+    /// stands `beside` it there.
     ///
     /// # Errors
     /// [`Error::Invariant`] if the part is larger than the ring; those of `product`.
@@ -133,58 +181,61 @@ impl Tiles {
         &self,
         c: &Context<'_>,
         weight: &Weight,
-        tail: Option<Mat>,
+        beside: Option<Beside>,
         part: &Part,
         product: impl FnOnce(Mat) -> Result<()>,
     ) -> Result<()> {
-        if let (Weight::Dense(mat), None) = (weight, tail)
+        if let (Weight::Dense(mat), None) = (weight, beside)
             && mat.ty == c.ty
         {
             return product(view(*mat, part)?);
         }
-        let width = tail.map_or(0, |t| t.cols);
-        let tail = tail.filter(|_| part.cols.end == weight.shape().1);
+        let margin = Margin::of(beside).at(part, weight.shape());
         let mut state = self.state.borrow_mut();
-        let index = match state.find(weight.address(), part, tail.map_or(0, |t| t.cols)) {
+        let index = match state.find(weight.address(), part, margin) {
             Some(index) => index,
-            None => self.bring(&mut state, c, weight, width, part)?,
+            None => self.bring(&mut state, c, weight, Margin::of(beside), part)?,
         };
         let State { entries, idle, .. } = &mut *state;
         let entry = entries.get_mut(index).ok_or_else(|| Error::invariant("a dequantised matrix is not there"))?;
         let rows = part.rows.start - entry.part.rows.start..part.rows.end - entry.part.rows.start;
-        let first = part.cols.start - entry.part.cols.start;
-        let behind = entry.part.cols.len();
+        let cols = part.cols.start - entry.part.cols.start..part.cols.end - entry.part.cols.start;
         for piece in entry.pieces.iter_mut().filter(|p| p.rows.start < rows.end && rows.start < p.rows.end) {
             if let Some(event) = piece.ready.take() {
                 c.time(Phase::Tile, || c.gpu.compute().wait(&event))?;
                 idle.push(event);
             }
-            if let Some(tail) = tail.filter(|_| !piece.tailed) {
-                // Here and not beside: adapters change between steps, on this stream.
-                let to = entry.mat.rows(piece.rows.start, piece.rows.len())?.columns(behind, tail.cols)?;
-                let from = tail.rows(entry.part.rows.start + piece.rows.start, piece.rows.len())?;
+            // Adapters here and not on the side: they change between steps, on this stream.
+            if let Some(Beside::Behind(b)) = beside.filter(|_| margin.behind > 0 && !piece.behind) {
+                let to = entry.mat.rows(piece.rows.start, piece.rows.len())?.columns(entry.part.cols.len(), b.cols)?;
+                let from = b.rows(entry.part.rows.start + piece.rows.start, piece.rows.len())?;
                 c.pass(|gpu| gpu.cast(to, from))?;
-                piece.tailed = true;
+                piece.behind = true;
             }
         }
-        let cols = first..first + part.cols.len() + tail.map_or(0, |t| t.cols);
-        product(view(entry.mat, &Part { rows, cols })?)?;
+        if let Some(Beside::Below(a)) = beside.filter(|_| margin.below > 0 && !entry.below) {
+            let all = &entry.part;
+            let to = entry.mat.rows(all.rows.len(), a.rows)?.columns(0, all.cols.len())?;
+            c.pass(|gpu| gpu.cast(to, a.columns(all.cols.start, all.cols.len())?))?;
+            entry.below = true;
+        }
+        let seen = Part { rows: rows.start..rows.end + margin.below, cols: cols.start..cols.end + margin.behind };
+        product(view(entry.mat, &seen)?)?;
         if c.gpu.tuning().side == Side::Off { Ok(()) } else { c.gpu.compute().record(&entry.used) }
     }
 
-    /// Makes an entry for a part, or for the whole matrix where that fits, with room for `tail` columns behind the last one, and queues its
-    /// dequantisation.
-    fn bring(&self, state: &mut State, c: &Context<'_>, weight: &Weight, tail: usize, part: &Part) -> Result<usize> {
+    /// Makes an entry for a part, or for the whole matrix where that fits, with room for what stands beside it, and queues its dequantisation.
+    fn bring(&self, state: &mut State, c: &Context<'_>, weight: &Weight, margin: Margin, part: &Part) -> Result<usize> {
         let (out, inner) = weight.shape();
         let tuning = c.gpu.tuning();
         let whole = Part { rows: 0..out, cols: 0..inner };
-        let part = if self.fits(c, weight, tail) { &whole } else { part };
-        let tail = if part.cols.end == inner { tail } else { 0 };
+        let part = if self.fits(c, weight, margin) { &whole } else { part };
+        let margin = margin.at(part, (out, inner));
         let (rows, cols) = (part.rows.len(), part.cols.len());
-        let stride = stride(cols, tail);
-        let place = state.place(self.bytes, rows * stride * c.ty.bytes())?;
+        let place = state.place(self.bytes, margin.bytes((rows, cols), c.ty))?;
         self.make_room(state, c.gpu, &place)?;
-        let mat = Mat { stride, ..Mat::new(self.base.offset(place.start), c.ty, rows, cols + tail) };
+        let dense = Mat::new(self.base.offset(place.start), c.ty, rows + margin.below, cols + margin.behind);
+        let mat = Mat { stride: margin.stride(cols), ..dense };
         let side = c.gpu.side();
         let mut event = || state.idle.pop().map_or_else(|| Event::new(c.gpu.context()), Ok);
         let mut ready = Vec::new();
@@ -197,10 +248,11 @@ impl Tiles {
             if let Some(done) = &done {
                 side.record(done)?;
             }
-            ready.push(Piece { rows, ready: done, tailed: false });
+            ready.push(Piece { rows, ready: done, behind: false });
         }
         let used = event()?;
-        state.entries.push(Entry { from: weight.address(), part: part.clone(), tail, place, mat, pieces: ready, used, current: true });
+        let from = weight.address();
+        state.entries.push(Entry { from, part: part.clone(), margin, below: false, place, mat, pieces: ready, used, current: true });
         Ok(state.entries.len() - 1)
     }
 
@@ -224,18 +276,13 @@ impl Tiles {
     }
 }
 
-/// Elements from one row of an entry to the next: rows start at multiples of 16 bytes.
-fn stride(cols: usize, tail: usize) -> usize {
-    if tail == 0 { cols } else { (cols + tail).next_multiple_of(8) }
-}
-
 impl State {
-    /// The entry that holds a part of the matrix at `from`, and if it has `tail` columns behind it, these.
-    fn find(&self, from: Ptr, part: &Part, tail: usize) -> Option<usize> {
+    /// The entry that holds a part of the matrix at `from` and has room for what stands beside it there.
+    fn find(&self, from: Ptr, part: &Part, margin: Margin) -> Option<usize> {
         let inside = |inner: &Range<usize>, outer: &Range<usize>| outer.start <= inner.start && inner.end <= outer.end;
-        let holds = |e: &Entry| {
-            e.current && e.from == from && e.tail >= tail && inside(&part.rows, &e.part.rows) && inside(&part.cols, &e.part.cols)
-        };
+        let room = |e: &Entry| e.margin.behind >= margin.behind && e.margin.below >= margin.below;
+        let holds =
+            |e: &Entry| e.current && e.from == from && room(e) && inside(&part.rows, &e.part.rows) && inside(&part.cols, &e.part.cols);
         self.entries.iter().position(holds)
     }
 
@@ -269,15 +316,15 @@ fn convert(gpu: &Gpu, stream: &Stream, blocks: u32, to: Mat, weight: &Weight, pa
     }
 }
 
-/// Sensible sizes of a ring for blocks of matrices of `shapes` (`(out, in)`, one list a block) with tails of up to `tail` columns, smallest
+/// Sensible sizes of a ring for blocks of matrices of `shapes` (`(out, in)`, one list a block) with adapters of a `rank` beside them, smallest
 /// first: for one piece; for the smallest block, so that nothing comes twice in a visit; and for two, so that the next visit's can come
 /// meanwhile.
 #[must_use]
-pub fn ring_bytes(blocks: &[Vec<(usize, usize)>], ty: Ty, largest: usize, tail: usize) -> Vec<usize> {
-    let tail = tail.next_multiple_of(8) + 8;
-    let piece = |(out, inner): &(usize, usize)| largest_piece(*out, *inner, largest) + out * tail;
+pub fn ring_bytes(blocks: &[Vec<(usize, usize)>], ty: Ty, largest: usize, rank: usize) -> Vec<usize> {
+    let margin = |(out, inner): &(usize, usize)| out.max(inner) * (rank.next_multiple_of(8) + 8);
+    let piece = |shape: &(usize, usize)| largest_piece(shape.0, shape.1, largest) + margin(shape);
     let least = blocks.iter().flatten().map(piece).max().unwrap_or(0) * ty.bytes() + ALIGNMENT;
-    let matrix = |(out, inner): &(usize, usize)| (out * (inner + tail) * ty.bytes()).next_multiple_of(ALIGNMENT);
+    let matrix = |shape: &(usize, usize)| ((shape.0 * shape.1 + margin(shape)) * ty.bytes()).next_multiple_of(ALIGNMENT);
     let small = blocks.iter().map(|b| b.iter().map(matrix).sum::<usize>()).min().unwrap_or(0);
     let mut sizes = vec![least, small.max(least), (2 * small).max(least)];
     sizes.dedup();

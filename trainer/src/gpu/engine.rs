@@ -24,6 +24,7 @@ use super::ring_supply::RingSupply;
 use super::slab_supply::SlabSupply;
 use crate::cuda::CudaStep;
 use crate::cuda::blocks::{Payload, Stats, Supply};
+use crate::cuda::conditioning::Embedded;
 use crate::cuda::flight::FlightSpace;
 use crate::cuda::inputs::Turns;
 use crate::cuda::plan::{Limits, Measure, Shape};
@@ -237,7 +238,9 @@ impl CudaEngine {
         let (measure, turns) = (Measure::default(), Turns::new(self.geometry.num_blocks() + 1, 2));
         for (i, b) in batches.iter().enumerate() {
             let shape = Shape::new(&self.geometry, self.ty, self.rank, b.sigma.len(), b.text_tokens(), b.image_tokens());
-            FlightSpace::new(&measure, &self.geometry, &shape, turns)?;
+            // A pass embeds all its samples at once, which takes no more.
+            let embedded = Embedded::new(&measure, &self.geometry, shape.samples)?;
+            FlightSpace::new(&measure, &self.geometry, &shape, &embedded, turns)?;
             if measure.total() > self.step.plan().step {
                 return Ok(i.max(1));
             }

@@ -13,6 +13,7 @@ use std::fmt;
 use serde::Serialize;
 use serenity_cuda::Ty;
 use serenity_cuda::arena::ALIGNMENT;
+use serenity_cuda::ops::elementwise::LINEAR_ROWS;
 use serenity_protocol::geometry::BlockId;
 use serenity_protocol::{Error, Result};
 
@@ -142,7 +143,8 @@ impl Forecast {
             clock.parcels = vec![0.0; plan.travelling.len()];
             let visits: Vec<BlockId> = blocks.iter().chain(&back).copied().collect();
             let places = assignment.assign(&visits)?;
-            clock.conditioning((plan.hosted_bytes * need.shapes.len()) as f64);
+            let samples: usize = need.shapes.iter().map(|s| s.samples).sum();
+            clock.conditioning((plan.hosted_bytes * samples.div_ceil(LINEAR_ROWS)) as f64);
             let mut flops = 0.0;
             for (i, (block, place)) in visits.iter().zip(places).enumerate() {
                 let forward = i < blocks.len();

@@ -24,6 +24,7 @@ pub use self::forecast::{Forecast, Rates};
 use super::adapters::Region;
 use super::assignment::Slots;
 use super::blocks::Payload;
+use super::conditioning::Embedded;
 use super::flight::{EntrySpace, FlightSpace, HeadSpace};
 use super::inputs::Turns;
 use super::tiles::ring_bytes;
@@ -333,7 +334,15 @@ impl Plan {
 
     /// Bytes of what lives as long as a step, with block inputs kept in this way; and page-locked bytes of the host.
     fn step_bytes(need: &Need<'_>, turns: Turns) -> Result<(usize, usize)> {
-        let step = measured(|m| need.shapes.iter().try_for_each(|s| FlightSpace::new(m, need.geometry, s, turns).map(drop)))?;
+        let samples = need.shapes.iter().map(|s| s.samples).sum();
+        let step = measured(|m| {
+            let (embedded, mut first) = (Embedded::new(m, need.geometry, samples)?, 0);
+            for shape in need.shapes {
+                FlightSpace::new(m, need.geometry, shape, &embedded.rows(first, shape.samples)?, turns)?;
+                first += shape.samples;
+            }
+            Ok(())
+        })?;
         let host = need.shapes.iter().map(|s| turns.saved() * s.state_bytes().next_multiple_of(ALIGNMENT)).sum();
         Ok((step, host))
     }
