@@ -79,11 +79,13 @@ fn gemm_case(check: &mut Check<'_>, kind: Kind, [m, n, k, gap]: [usize; 4], inpu
 }
 
 /// Products that were made in pieces: rows or columns of the result, by the algorithm for all of it. m, n, k; then the piece's columns and rows.
-const CUTS: [([usize; 3], usize, usize); 6] = [
-    // FLUX.2 [dev]: the packed projection, its input gradient with an adapter's columns behind it, `to_out`; at 512 and 1024 px.
+const CUTS: [([usize; 3], usize, usize); 7] = [
+    // FLUX.2 [dev]: the packed projection, its input gradient with an adapter's columns behind it, `to_out`, its input gradient with an adapter's
+    // rows below it; at 512 and 1024 px.
     ([1536, 55_296, 6160], 27_648, 1536),
     ([1536, 6160, 55_296], 3072, 1536),
     ([1536, 6144, 24_592], 3072, 700),
+    ([1536, 24_576, 6160], 12_288, 700),
     ([4608, 6160, 55_296], 3072, 4608),
     ([512, 18_432, 6144], 9216, 100),
     ([130, 1000, 512], 256, 1),

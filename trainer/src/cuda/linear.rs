@@ -133,6 +133,11 @@ impl Linear {
         self.lora.is_some()
     }
 
+    /// What [`Self::backward_below`] wants beside the matrix, for the products of the same visit that want nothing there.
+    fn room(&self, c: &Context<'_>) -> Option<Beside> {
+        self.lora.filter(|_| c.gpu.tuning().join).map(|lora| Beside::Below(lora.a))
+    }
+
     /// `y [T, out]` from `x [T, in]`.
     ///
     /// # Errors
@@ -142,10 +147,11 @@ impl Linear {
         self.check("input", x, x.rows, inner)?;
         self.check("output", y, x.rows, out)?;
         let whole = (x.rows, out);
-        for rows in c.tile.by_rows(c, &self.weight, None) {
+        let room = self.room(c);
+        for rows in c.tile.by_rows(c, &self.weight, room) {
             let y = y.columns(rows.start, rows.len())?;
             let part = Part { rows, cols: 0..inner };
-            c.tile.with(c, &self.weight, None, &part, |weight| c.product(|gpu| gpu.gemm_nt_of(whole, y, x, weight, 1.0, 0.0)))?;
+            c.tile.with(c, &self.weight, (None, room), &part, |weight| c.product(|gpu| gpu.gemm_nt_of(whole, y, x, weight, 1.0, 0.0)))?;
         }
         if let Some(lora) = self.lora {
             let low = low.rows(x.rows)?;
@@ -172,11 +178,12 @@ impl Linear {
         let Some(dx) = dx else { return Ok(()) };
         self.check("input's gradient", dx, dy.rows, inner)?;
         let beta = if add { 1.0 } else { 0.0 };
-        let whole = (dy.rows, inner);
-        for cols in c.tile.by_columns(c, &self.weight, None) {
+        let (whole, room) = ((dy.rows, inner), self.room(c));
+        for cols in c.tile.by_columns(c, &self.weight, room) {
             let dx = dx.columns(cols.start, cols.len())?;
             let part = Part { rows: 0..out, cols };
-            c.tile.with(c, &self.weight, None, &part, |weight| c.product(|gpu| gpu.gemm_nn_of(whole, dx, dy, weight, 1.0, beta)))?;
+            c.tile
+                .with(c, &self.weight, (None, room), &part, |weight| c.product(|gpu| gpu.gemm_nn_of(whole, dx, dy, weight, 1.0, beta)))?;
         }
         match self.lora {
             Some(lora) => c.product(|gpu| gpu.gemm_nn(dx, low.0, lora.a, 1.0, 1.0)),
@@ -201,7 +208,8 @@ impl Linear {
         for rows in c.tile.by_rows(c, &self.weight, beside) {
             let y = y.columns(rows.start, rows.len())?;
             let part = Part { rows, cols: 0..inner };
-            c.tile.with(c, &self.weight, beside, &part, |weight| c.product(|gpu| gpu.gemm_nt_of(whole, y, xt, weight, 1.0, 0.0)))?;
+            c.tile
+                .with(c, &self.weight, (beside, None), &part, |weight| c.product(|gpu| gpu.gemm_nt_of(whole, y, xt, weight, 1.0, 0.0)))?;
         }
         Ok(())
     }
@@ -239,7 +247,7 @@ impl Linear {
                     let dx = dxt.columns(cols.start, width)?;
                     let part = Part { rows: 0..out, cols };
                     let product = |weight| c.product(|gpu| gpu.gemm_nn_of(whole, dx, dy, weight, 1.0, 0.0));
-                    c.tile.with(c, &self.weight, beside, &part, product)?;
+                    c.tile.with(c, &self.weight, (beside, None), &part, product)?;
                 }
                 dxt.columns(inner, rank)?
             }
@@ -277,7 +285,8 @@ impl Linear {
         for cols in c.tile.by_columns(c, &self.weight, beside) {
             let dx = dx.columns(cols.start, cols.len())?;
             let part = Part { rows: 0..out, cols };
-            c.tile.with(c, &self.weight, beside, &part, |weight| c.product(|gpu| gpu.gemm_nn_of(whole, dx, dyt, weight, 1.0, 0.0)))?;
+            c.tile
+                .with(c, &self.weight, (beside, None), &part, |weight| c.product(|gpu| gpu.gemm_nn_of(whole, dx, dyt, weight, 1.0, 0.0)))?;
         }
         Ok(())
     }

@@ -99,14 +99,31 @@ struct Piece {
     behind: bool,
 }
 
-/// A part of the ring's memory that holds a part of a matrix.
+/// What an entry holds.
 #[derive(Debug)]
-struct Entry {
+struct Held {
     /// Where the matrix comes from, and which part of it this is.
     from: Ptr,
     part: Part,
     /// What there is room for beside the part.
     margin: Margin,
+    /// Whether it may be found: it is of this visit.
+    current: bool,
+}
+
+impl Held {
+    /// Whether a part of the matrix at `from` is here, with room for what stands beside it there.
+    fn holds(&self, from: Ptr, part: &Part, margin: Margin) -> bool {
+        let inside = |inner: &Range<usize>, outer: &Range<usize>| outer.start <= inner.start && inner.end <= outer.end;
+        let room = self.margin.behind >= margin.behind && self.margin.below >= margin.below;
+        self.current && self.from == from && room && inside(&part.rows, &self.part.rows) && inside(&part.cols, &self.part.cols)
+    }
+}
+
+/// A part of the ring's memory that holds a part of a matrix.
+#[derive(Debug)]
+struct Entry {
+    held: Held,
     /// Whether the rows below are there.
     below: bool,
     place: Range<usize>,
@@ -114,8 +131,6 @@ struct Entry {
     pieces: Vec<Piece>,
     /// Recorded on the compute stream behind the last product that read it.
     used: Event,
-    /// Whether it may be found: it is of this visit.
-    current: bool,
 }
 
 #[derive(Debug, Default)]
@@ -143,7 +158,7 @@ impl Tiles {
 
     /// What matrices were at their addresses may change from here on.
     pub fn begin_visit(&self) {
-        self.state.borrow_mut().entries.iter_mut().for_each(|e| e.current = false);
+        self.state.borrow_mut().entries.iter_mut().for_each(|e| e.held.current = false);
     }
 
     /// Forgets everything; all work must have ended.
@@ -173,7 +188,7 @@ impl Tiles {
     }
 
     /// Queues `product` with a part of `weight` in the activations' type: one of the pieces that it is cut into by rows or by columns, with what
-    /// stands `beside` it there.
+    /// stands `beside` it there. Where nothing does, `room` is left for what another product of this visit wants there.
     ///
     /// # Errors
     /// [`Error::Invariant`] if the part is larger than the ring; those of `product`.
@@ -181,7 +196,7 @@ impl Tiles {
         &self,
         c: &Context<'_>,
         weight: &Weight,
-        beside: Option<Beside>,
+        (beside, room): (Option<Beside>, Option<Beside>),
         part: &Part,
         product: impl FnOnce(Mat) -> Result<()>,
     ) -> Result<()> {
@@ -192,14 +207,15 @@ impl Tiles {
         }
         let margin = Margin::of(beside).at(part, weight.shape());
         let mut state = self.state.borrow_mut();
-        let index = match state.find(weight.address(), part, margin) {
+        let index = match state.entries.iter().position(|e| e.held.holds(weight.address(), part, margin)) {
             Some(index) => index,
-            None => self.bring(&mut state, c, weight, Margin::of(beside), part)?,
+            None => self.bring(&mut state, c, weight, Margin::of(beside.or(room)), part)?,
         };
         let State { entries, idle, .. } = &mut *state;
         let entry = entries.get_mut(index).ok_or_else(|| Error::invariant("a dequantised matrix is not there"))?;
-        let rows = part.rows.start - entry.part.rows.start..part.rows.end - entry.part.rows.start;
-        let cols = part.cols.start - entry.part.cols.start..part.cols.end - entry.part.cols.start;
+        let all = entry.held.part.clone();
+        let rows = part.rows.start - all.rows.start..part.rows.end - all.rows.start;
+        let cols = part.cols.start - all.cols.start..part.cols.end - all.cols.start;
         for piece in entry.pieces.iter_mut().filter(|p| p.rows.start < rows.end && rows.start < p.rows.end) {
             if let Some(event) = piece.ready.take() {
                 c.time(Phase::Tile, || c.gpu.compute().wait(&event))?;
@@ -207,14 +223,13 @@ impl Tiles {
             }
             // Adapters here and not on the side: they change between steps, on this stream.
             if let Some(Beside::Behind(b)) = beside.filter(|_| margin.behind > 0 && !piece.behind) {
-                let to = entry.mat.rows(piece.rows.start, piece.rows.len())?.columns(entry.part.cols.len(), b.cols)?;
-                let from = b.rows(entry.part.rows.start + piece.rows.start, piece.rows.len())?;
+                let to = entry.mat.rows(piece.rows.start, piece.rows.len())?.columns(all.cols.len(), b.cols)?;
+                let from = b.rows(all.rows.start + piece.rows.start, piece.rows.len())?;
                 c.pass(|gpu| gpu.cast(to, from))?;
                 piece.behind = true;
             }
         }
         if let Some(Beside::Below(a)) = beside.filter(|_| margin.below > 0 && !entry.below) {
-            let all = &entry.part;
             let to = entry.mat.rows(all.rows.len(), a.rows)?.columns(0, all.cols.len())?;
             c.pass(|gpu| gpu.cast(to, a.columns(all.cols.start, all.cols.len())?))?;
             entry.below = true;
@@ -251,8 +266,8 @@ impl Tiles {
             ready.push(Piece { rows, ready: done, behind: false });
         }
         let used = event()?;
-        let from = weight.address();
-        state.entries.push(Entry { from, part: part.clone(), margin, below: false, place, mat, pieces: ready, used, current: true });
+        let held = Held { from: weight.address(), part: part.clone(), margin, current: true };
+        state.entries.push(Entry { held, below: false, place, mat, pieces: ready, used });
         Ok(state.entries.len() - 1)
     }
 
@@ -277,15 +292,6 @@ impl Tiles {
 }
 
 impl State {
-    /// The entry that holds a part of the matrix at `from` and has room for what stands beside it there.
-    fn find(&self, from: Ptr, part: &Part, margin: Margin) -> Option<usize> {
-        let inside = |inner: &Range<usize>, outer: &Range<usize>| outer.start <= inner.start && inner.end <= outer.end;
-        let room = |e: &Entry| e.margin.behind >= margin.behind && e.margin.below >= margin.below;
-        let holds =
-            |e: &Entry| e.current && e.from == from && room(e) && inside(&part.rows, &e.part.rows) && inside(&part.cols, &e.part.cols);
-        self.entries.iter().position(holds)
-    }
-
     /// Where the next `bytes` bytes of `all` go.
     fn place(&self, all: usize, bytes: usize) -> Result<Range<usize>> {
         if bytes > all {
@@ -360,6 +366,38 @@ mod tests {
         assert!(matches!(state.place(1000, 400), Ok(place) if place == (600..1000)));
         assert!(matches!(state.place(1000, 401), Ok(place) if place == (0..401)));
         assert!(state.place(1000, 1001).is_err());
+    }
+
+    #[test]
+    fn what_stands_beside_a_part_is_found_with_it_alone() {
+        let mat = Mat::new(Ptr::NULL, Ty::Bf16, 8, 40);
+        assert_eq!(Margin::of(None), Margin::default());
+        let (behind, below) = (Margin::of(Some(Beside::Behind(mat))), Margin::of(Some(Beside::Below(mat))));
+        assert_eq!((behind, below), (Margin { behind: 40, below: 0 }, Margin { behind: 0, below: 8 }));
+        let part = |rows: Range<usize>, cols: Range<usize>| Part { rows, cols };
+        let shape = (100, 40);
+        assert_eq!(behind.at(&part(0..100, 0..20), shape), Margin::default());
+        assert_eq!(behind.at(&part(10..20, 20..40), shape), behind);
+        assert_eq!(below.at(&part(0..90, 0..40), shape), Margin::default());
+        assert_eq!(below.at(&part(0..100, 0..20), shape), below);
+        let find = |margin: Margin, of: Part, current: bool, wanted: &Part, with: Margin| {
+            let from = Ptr::NULL.offset(256);
+            let held = Held { from, part: of, margin, current };
+            held.holds(from, wanted, with) && !held.holds(Ptr::NULL, wanted, with)
+        };
+        let (whole, left, right) = (part(0..100, 0..40), part(0..100, 0..20), part(0..100, 20..40));
+        for (margin, of, current, wanted, with, found) in [
+            (Margin::default(), &whole, true, &left, Margin::default(), true),
+            (Margin::default(), &whole, true, &left, below, false),
+            (below, &whole, true, &left, below, true),
+            (below, &whole, true, &right, Margin::default(), true),
+            (below, &whole, true, &right, behind, false),
+            (behind, &whole, true, &right, behind, true),
+            (below, &left, true, &right, Margin::default(), false),
+            (below, &whole, false, &whole, below, false),
+        ] {
+            assert_eq!(find(margin, of.clone(), current, wanted, with), found, "{margin:?} {of:?} {wanted:?} {with:?}");
+        }
     }
 
     #[test]

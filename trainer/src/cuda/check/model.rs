@@ -226,7 +226,8 @@ pub(super) fn random_batch(
     Ok(MicroBatch {
         noisy: tensor("noisy", height * width, g.in_channels)?,
         context: tensor("context", text, g.joint_attention_dim)?,
-        sigma: (0..samples).map(|i| 0.3 + 0.5 * i as f32 / samples as f32).collect(),
+        // No two alike, in a micro-batch or between them.
+        sigma: rng::uniforms(&mut rng::stream(seed, "sigma", 0, 0), samples, 0.05, 0.95),
         guidance: g.guidance_embeds.then_some(3.5),
         height,
         width,
@@ -246,6 +247,11 @@ pub(super) fn everything(g: &TransformerGeometry, rank: usize) -> Result<Adapter
     Ok(set)
 }
 
+/// Micro-batches of one step: different sizes, and more samples in all than the conditioning's weights are read once for.
 pub(super) fn test_batches(g: &TransformerGeometry) -> Result<Vec<MicroBatch>> {
-    [(1, 7, 4, 6), (2, 5, 3, 2), (1, 16, 8, 9)].into_iter().zip(20..).map(|(sizes, seed)| random_batch(g, seed, sizes)).collect()
+    [(1, 7, 4, 6), (2, 5, 3, 2), (1, 16, 8, 9), (7, 3, 2, 3)]
+        .into_iter()
+        .zip(20..)
+        .map(|(sizes, seed)| random_batch(g, seed, sizes))
+        .collect()
 }
