@@ -228,6 +228,9 @@ impl Launcher {
         match event {
             Event::Message(role, message) => {
                 supervisor.heard(role, self.now());
+                if let FromChild::Failed { lasting: true, .. } = message {
+                    supervisor.gave_up(role);
+                }
                 self.message(role, message)?;
             }
             Event::Broken(role, error) => {

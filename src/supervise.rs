@@ -4,7 +4,8 @@
 //! Events and the time go in, [`Action`]s come out; [`crate::stages`] performs them. So every rule below is tested in microseconds.
 //!
 //! * A process that dies by a signal or with an exit code other than 64 and 65 is started again, after a pause that doubles, at most
-//!   [`Policy::restarts_max`] times within [`Policy::window`]. Codes 64 and 65 (configuration, data) would come again: the stage fails.
+//!   [`Policy::restarts_max`] times within [`Policy::window`]. Codes 64 and 65 (configuration, data) would come again: the stage fails. So
+//!   it does after a process that said that its failure lasts (no driver).
 //! * A process that is silent for [`Policy::silence_max`] is killed, and its death handled like any other.
 //! * A stop is passed to the main process alone, which ends at a safe point; the helpers follow when it has ended. A second stop kills.
 //! * When the main process has ended, helpers get [`Policy::wind_down_max`] to end before they are killed.
@@ -136,6 +137,8 @@ enum State {
 struct Job {
     state: State,
     restarts: VecDeque<Duration>,
+    /// The process has said that it would fail again.
+    gave_up: bool,
 }
 
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -173,7 +176,7 @@ fn order(role: Role) -> u8 {
 impl Supervisor {
     /// A stage of `main` and its `helpers`; all are due at once, helpers first.
     pub fn new(policy: Policy, main: Role, helpers: &[Role], now: Duration) -> Self {
-        let job = |role: &Role| (order(*role), (*role, Job { state: State::Due(now), restarts: VecDeque::new() }));
+        let job = |role: &Role| (order(*role), (*role, Job { state: State::Due(now), restarts: VecDeque::new(), gave_up: false }));
         Self { policy, main, jobs: helpers.iter().chain([&main]).map(job).collect(), phase: Phase::Working, pending: VecDeque::new() }
     }
 
@@ -186,6 +189,13 @@ impl Supervisor {
     pub fn heard(&mut self, role: Role, now: Duration) {
         if let Some(Job { state: State::Running { heard, .. }, .. }) = self.job(role) {
             *heard = now;
+        }
+    }
+
+    /// The process of `role` said that it ends in a way that no restart helps.
+    pub fn gave_up(&mut self, role: Role) {
+        if let Some(job) = self.job(role) {
+            job.gave_up = true;
         }
     }
 
@@ -279,7 +289,7 @@ impl Supervisor {
         let Some(job) = self.job(role) else { return };
         job.restarts.retain(|at| now.saturating_sub(*at) < policy.window);
         let tried = job.restarts.len();
-        if ended.is_final() || tried >= policy.restarts_max {
+        if ended.is_final() || job.gave_up || tried >= policy.restarts_max {
             return self.wind_down(Outcome::Failed { role, ended, restarts: tried }, now);
         }
         let pause = policy.backoff_first.saturating_mul(1 << tried.min(20)).min(policy.backoff_max);
@@ -419,6 +429,17 @@ mod tests {
         // The trainer's own count is untouched.
         sup.exited(T, Ended::Signal(9), s(4800.0));
         assert!(sup.actions(s(4800.0)).contains(&Action::Announce { role: T, ended: Ended::Signal(9), pause: s(0.25), number: 1 }));
+    }
+
+    #[test]
+    fn a_failure_that_lasts_is_never_restarted() {
+        let mut sup = running();
+        sup.gave_up(T);
+        sup.exited(T, Ended::Code(69), s(1.0));
+        assert_eq!(sup.actions(s(1.0)), [Action::Stop(L)]);
+        sup.exited(L, Ended::Code(0), s(1.1));
+        let outcome = Outcome::Failed { role: T, ended: Ended::Code(69), restarts: 0 };
+        assert_eq!(sup.actions(s(1.1)), [Action::Finish(outcome)]);
     }
 
     #[test]

@@ -75,18 +75,22 @@ pub(crate) fn check(code: CUresult, what: &str) -> Result<()> {
         R::CUDA_ERROR_OUT_OF_MEMORY => Error::try_again(format!("the device is out of memory: {what}"))
             .advice("lower memory.stagehand.vram_high_watermark_mb or the resolution, or end other programs on this device"),
         R::CUDA_ERROR_NO_DEVICE | R::CUDA_ERROR_INVALID_DEVICE | R::CUDA_ERROR_DEVICE_UNAVAILABLE => {
-            Error::absent(format!("the device is not there: {what}")).advice("`nvidia-smi -L` lists the devices")
+            Error::absent(format!("the device is not there: {what}")).advice("`nvidia-smi -L` lists the devices").lasting()
         }
         R::CUDA_ERROR_NOT_INITIALIZED
         | R::CUDA_ERROR_SYSTEM_NOT_READY
         | R::CUDA_ERROR_SYSTEM_DRIVER_MISMATCH
         | R::CUDA_ERROR_COMPAT_NOT_SUPPORTED_ON_DEVICE
         | R::CUDA_ERROR_STUB_LIBRARY
+        | R::CUDA_ERROR_OPERATING_SYSTEM
         | R::CUDA_ERROR_UNKNOWN => Error::absent(format!("the driver cannot be used: {what}")).advice("check that `nvidia-smi` works"),
-        R::CUDA_ERROR_UNSUPPORTED_PTX_VERSION | R::CUDA_ERROR_NO_BINARY_FOR_GPU | R::CUDA_ERROR_INVALID_PTX => {
-            Error::absent(format!("the driver cannot run the compiled kernels: {what}"))
-                .advice("the run-time compiler (libnvrtc) is newer than the driver: update the driver, or install the older one")
-        }
+        R::CUDA_ERROR_UNSUPPORTED_PTX_VERSION
+        | R::CUDA_ERROR_NO_BINARY_FOR_GPU
+        | R::CUDA_ERROR_INVALID_PTX
+        | R::CUDA_ERROR_INVALID_IMAGE
+        | R::CUDA_ERROR_JIT_COMPILER_NOT_FOUND => Error::absent(format!("the driver cannot run the compiled kernels: {what}"))
+            .advice("the run-time compiler (libnvrtc) is newer than the driver: update the driver, or install the older one")
+            .lasting(),
         _ => Error::invariant(format!("the device reports a failure: {what}")),
     };
     Err(error.cause(describe(code)))
@@ -154,7 +158,8 @@ impl Context {
         if wanted >= count {
             return Err(Error::absent(format!("there is no device {ordinal}"))
                 .found(format!("{count} devices"))
-                .advice("`nvidia-smi -L` lists them"));
+                .advice("`nvidia-smi -L` lists them")
+                .lasting());
         }
         // SAFETY: `device` outlives the call; the ordinal is below the count.
         check(unsafe { sys::cuDeviceGet(&mut device, wanted) }, "opening the device")?;
@@ -240,7 +245,8 @@ fn require_functions() -> Result<()> {
     }
     Err(Error::absent("the NVIDIA driver is too old")
         .found(format!("it lacks {}", missing.join(", ")))
-        .advice("install a driver for CUDA 12 or later"))
+        .advice("install a driver for CUDA 12 or later")
+        .lasting())
 }
 
 /// The CUDA version that the driver supports, as major and minor.

@@ -17,6 +17,8 @@ use crate::tuning::{Side, Tuning};
 
 /// The oldest generation that has bf16: compute capability 8.0.
 pub const CAPABILITY_MIN: u32 = 80;
+/// Compute capability of the newest devices that were thought of (Blackwell).
+pub const CAPABILITY_KNOWN: u32 = 121;
 
 /// What the device is.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -82,7 +84,12 @@ impl Gpu {
             return Err(Error::absent(format!("{} is too old for training in bf16", properties.name))
                 .expected("compute capability 8.0 (Ampere) or later")
                 .found(format!("{}.{}", properties.capability / 10, properties.capability % 10))
-                .advice("choose another device, or the CPU"));
+                .advice("choose another device, or the CPU")
+                .lasting());
+        }
+        if properties.capability > CAPABILITY_KNOWN {
+            let (major, minor) = (properties.capability / 10, properties.capability % 10);
+            tracing::warn!("{} has compute capability {major}.{minor}, newer than any that this program was written for", properties.name);
         }
         let (modules, kernels) = load_kernels(&context, properties.capability)?;
         let stream = |priority| Stream::new(&context, priority);

@@ -125,6 +125,13 @@ pub fn images(capability: u32, cache: Option<&Path>) -> Result<Vec<(&'static str
     let _span = tracing::info_span!("compile kernels").entered();
     let compiler = nvrtc::version()?;
     let target = Target::choose(&nvrtc::architectures()?, capability)?;
+    if let Target::Ptx(known) = target {
+        tracing::warn!(
+            "libnvrtc {}.{} does not know compute capability {capability}: kernels are compiled for {known}, and further by the driver",
+            compiler.0,
+            compiler.1
+        );
+    }
     std::thread::scope(|scope| {
         let started: Vec<_> = UNITS.iter().map(|unit| (unit.name, scope.spawn(move || unit.image(target, compiler, cache)))).collect();
         started

@@ -94,7 +94,8 @@ pub fn require(library: Library) -> Result<()> {
     }
     Err(Error::absent(format!("{} cannot be loaded", library.file_names().join(" or ")))
         .expected(format!("in the linker's folders, or in one of {} folders of CUDA toolkits and Python wheels", folders.len()))
-        .advice(library.advice()))
+        .advice(library.advice())
+        .lasting())
 }
 
 /// Makes one file of a library's loadable by its bare name, for a library that asks the linker for it.
@@ -106,7 +107,8 @@ pub fn require_file(name: &str) -> Result<()> {
         return Ok(());
     }
     Err(Error::absent(format!("{name} cannot be loaded"))
-        .advice("install the package that has it, or name its folder in SERENITY_CUDA_LIBRARIES"))
+        .advice("install the package that has it, or name its folder in SERENITY_CUDA_LIBRARIES")
+        .lasting())
 }
 
 /// Loads a library for the rest of the process.

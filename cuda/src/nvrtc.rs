@@ -39,6 +39,7 @@ impl Target {
                 .expected(format!("compute capability {}.{}", capability / 10, capability % 10))
                 .found(format!("{supported:?}"))
                 .advice("install the libnvrtc of an older toolkit")
+                .lasting()
         })
     }
 

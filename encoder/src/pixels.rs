@@ -40,6 +40,14 @@ impl Pixels {
         let rgb = decode(bytes, path)?.into_rgb8();
         let (width, height) = rgb.dimensions();
         let (cover_width, cover_height) = cover(width, height, resolution);
+        let bytes = 3 * u64::from(cover_width) * u64::from(cover_height);
+        if bytes > DECODE_BYTES_MAX {
+            return Err(Error::data("the image is too long and thin to be cut to a square")
+                .at(path)
+                .expected(format!("at most {} bytes with the shorter side at {resolution} pixels", DECODE_BYTES_MAX))
+                .found(format!("{width} x {height} pixels, {bytes} bytes then"))
+                .advice("crop it, or take it out of the data"));
+        }
         let unreadable = |e: &dyn std::fmt::Display| Error::data("the image cannot be resized").at(path).cause(e);
         let source = Image::from_vec_u8(width, height, rgb.into_raw(), PixelType::U8x3).map_err(|e| unreadable(&e))?;
         let mut target = Image::new(cover_width, cover_height, PixelType::U8x3);
@@ -138,6 +146,14 @@ mod tests {
         encoder.set_exif_metadata(exif).unwrap();
         image.write_with_encoder(encoder).unwrap();
         bytes
+    }
+
+    #[test]
+    fn an_image_like_a_thread_is_refused_by_name() {
+        let thread = DynamicImage::ImageRgb8(image::RgbImage::new(60_000, 1));
+        let error = Pixels::prepare(&png(&thread, 1), Path::new("thread.png"), 1024).unwrap_err();
+        assert_eq!(error.exit_code(), 65);
+        assert!(["thread.png", "60000 x 1"].iter().all(|part| error.to_string().contains(part)), "{error}");
     }
 
     #[test]

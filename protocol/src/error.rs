@@ -3,7 +3,7 @@
 //! Every message answers five questions: what is wrong, where (file and offset), what was expected, what was found, and what
 //! to do about it. [`Detail`] has a field for each so that a caller cannot forget the format; the kind decides the exit code
 //! (`sysexits.h` numbers, listed in the README) and with it whether the launcher restarts the process: never after
-//! [`Error::Config`] or [`Error::Data`], which would fail again in the same way.
+//! [`Error::Config`] or [`Error::Data`], which would fail again in the same way, nor after another that is [`Error::lasting`].
 
 use std::fmt;
 use std::path::{Path, PathBuf};
@@ -41,6 +41,7 @@ pub struct Detail {
     found: Option<String>,
     advice: Option<String>,
     cause: Option<String>,
+    lasting: bool,
 }
 
 impl fmt::Display for Detail {
@@ -123,6 +124,33 @@ impl Error {
     pub fn advice(mut self, text: impl Into<String>) -> Self {
         self.detail().advice = Some(text.into());
         self
+    }
+
+    /// What the user can do besides what was said already.
+    #[must_use]
+    pub fn or_advice(mut self, text: impl AsRef<str>) -> Self {
+        let detail = self.detail();
+        detail.advice = Some(match detail.advice.take() {
+            Some(first) => format!("{first}; or {}", text.as_ref()),
+            None => text.as_ref().to_string(),
+        });
+        self
+    }
+
+    /// That a restart cannot help, where the kind does not say so: a driver that is not installed, as against a file that another process holds.
+    #[must_use]
+    pub fn lasting(mut self) -> Self {
+        self.detail().lasting = true;
+        self
+    }
+
+    /// Whether the same would happen again at once.
+    #[must_use]
+    pub fn is_lasting(&self) -> bool {
+        match self {
+            Error::Config(_) | Error::Data(_) => true,
+            Error::Absent(d) | Error::Invariant(d) | Error::TryAgain(d) => d.lasting,
+        }
     }
 
     /// The error underneath, if any.

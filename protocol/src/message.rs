@@ -11,7 +11,7 @@ use bincode::{Decode, Encode};
 use crate::error::{Error, Result};
 
 /// Version of the messages below; a mismatch is refused at `Hello`.
-pub const MESSAGE_VERSION: u32 = 1;
+pub const MESSAGE_VERSION: u32 = 2;
 /// Largest frame either side accepts.
 pub const FRAME_BYTES_MAX: usize = 1 << 20;
 
@@ -95,6 +95,8 @@ pub enum FromChild {
         exit_code: u8,
         /// Its message.
         message: String,
+        /// Whether the same would happen again at once.
+        lasting: bool,
     },
 }
 

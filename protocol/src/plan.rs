@@ -32,6 +32,9 @@ pub use memory::{Amount, MemoryPlan, RingMemory, available_memory};
 pub use pool::PoolCost;
 pub use slab::{SlabPlan, SlabState, slab_suffices};
 
+/// Where an NVIDIA device shows, if there is one: Linux, and its guest under Windows.
+const NVIDIA_DEVICES: [&str; 2] = ["/dev/nvidiactl", "/dev/dxg"];
+
 /// Everything that is known before the run.
 #[derive(Debug, Serialize)]
 pub struct Plan {
@@ -197,6 +200,13 @@ impl Plan {
             images: cache.latents.len(),
             images_missing: cache.missing_latents().count(),
         };
+        // Before a slab of tens of gigabytes is built. Nothing more: where devices show differs between containers.
+        if let DeviceKind::Cuda(_) = config.device
+            && !NVIDIA_DEVICES.iter().any(|path| Path::new(path).exists())
+        {
+            notices
+                .push(format!("train_device is \"cuda\", and this machine shows no NVIDIA device (none of {})", NVIDIA_DEVICES.join(", ")));
+        }
         let memory = memory::predict(config, geometry, paths, parameters, &cache_summary, &mut notices, &mut problems)?;
         let disk = disk_plan(config, geometry, &slab, &cache_summary, &mut notices, &mut problems);
         slab::check_original_size(config, geometry, &mut problems);

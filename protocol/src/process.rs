@@ -199,7 +199,7 @@ pub fn main(role: Role, trace: Option<&Path>, body: impl FnOnce(&Process) -> Res
 fn report(role: Role, process: Option<&Process>, error: &Error) -> ExitCode {
     eprintln!("serenity-{role}: error: {error}");
     if let Some(process) = process {
-        process.send(&FromChild::Failed { exit_code: error.exit_code(), message: error.to_string() });
+        process.send(&FromChild::Failed { exit_code: error.exit_code(), message: error.to_string(), lasting: error.is_lasting() });
     }
     ExitCode::from(error.exit_code())
 }

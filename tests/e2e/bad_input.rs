@@ -34,6 +34,19 @@ fn bucket_policy_with_stagehand_is_refused() {
 }
 
 #[test]
+fn a_machine_without_a_gpu_is_told_so_once() {
+    if Path::new("/dev/nvidiactl").exists() || Path::new("/dev/dxg").exists() {
+        eprintln!("SKIPPED: there is a GPU here");
+        return;
+    }
+    let lab = Lab::new();
+    let config = lab.quick_config("run", 2, &json!({ "train_device": "cuda" }));
+    let done = lab.run("serenity-launch", &[&config]).expect(69).says(&["shows no NVIDIA device", "\"train_device\": \"cpu\""]);
+    assert!(!done.stderr.contains("restart"), "{}", done.stderr);
+    lab.assert_nothing_left();
+}
+
+#[test]
 fn a_target_that_matches_nothing_is_named() {
     refused(&json!({ "adapter": { "target_modules": ["attn.to_q", "ff.net.0.proj"] } }), 64, &["ff.net.0.proj"]);
 }

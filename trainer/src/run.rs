@@ -270,20 +270,28 @@ impl<'p> Run<'p> {
             Err(e) => return Err(self.save_before(e)),
         };
         if !computed.is_finite() {
-            let memory = self.parts.engine.memory()?;
-            self.write_telemetry(number, &computed, memory)?;
-            let error = diverged(number, &computed);
-            return Err(self.save_before(error));
+            let told = self.parts.engine.memory().and_then(|memory| self.write_telemetry(number, &computed, memory));
+            if let Err(e) = told {
+                tracing::warn!("the step that diverged is not in the telemetry: {e}");
+            }
+            return Err(self.save_before(diverged(number, &computed)));
         }
         let config = &self.parts.config;
         let lr = config.optimizer.learning_rate * schedule::factor(&config.scheduler, number, config.max_steps);
         self.parts.engine.apply(&mut computed, lr)?;
         self.step = number;
         let seconds = started.elapsed().as_secs_f64();
-        // A validation that is interrupted leaves a step that is done: its line and checkpoint are written, and the resumed run measures.
-        let (val_loss, validation) = match if self.validation_due() { self.validate() } else { Ok((None, 0.0)) } {
-            Err(_) if self.process.stop_requested() => (None, 0.0),
-            measured => measured?,
+        self.after_update(&computed, lr, seconds).map_err(|e| self.save_before(e))
+    }
+
+    /// What follows a step that is done. Whatever goes wrong here, its checkpoint is written.
+    fn after_update(&mut self, computed: &Computed, lr: f64, seconds: f64) -> Result<()> {
+        let number = self.step;
+        // A validation that is interrupted or fails leaves a step that is done: its line and checkpoint are written, and the resumed run measures.
+        let (val_loss, validation, failed) = match if self.validation_due() { self.validate() } else { Ok((None, 0.0)) } {
+            Ok((loss, seconds)) => (loss, seconds, None),
+            Err(_) if self.process.stop_requested() => (None, 0.0, None),
+            Err(e) => (None, 0.0, Some(e)),
         };
         let memory = self.parts.engine.memory()?;
         self.log.append(&LogLine {
@@ -296,17 +304,14 @@ impl<'p> Run<'p> {
             memory_mb: Some(memory),
             val_loss,
         })?;
-        self.write_telemetry(number, &computed, memory)?;
-        self.report(&computed, lr, seconds);
+        self.write_telemetry(number, computed, memory)?;
+        self.report(computed, lr, seconds);
         let save_every = self.parts.config.checkpoint.save_every;
         if number == self.parts.config.max_steps || (save_every > 0 && number.is_multiple_of(save_every)) {
             self.save()?;
         }
         // After the line and the telemetry that show it.
-        match over_cap(&memory) {
-            Some(error) => Err(self.save_before(error)),
-            None => Ok(()),
-        }
+        failed.or_else(|| over_cap(&memory)).map_or(Ok(()), Err)
     }
 
     /// Everything of a step that changes no state.
@@ -423,13 +428,16 @@ impl<'p> Run<'p> {
     }
 }
 
-/// The error of a process that has more of the device's memory than it was allowed: the plan of that memory is wrong.
+/// The error of a device on which more is taken than was allowed: by another program since the start, or the plan of that memory is wrong.
 fn over_cap(memory: &MemoryUse) -> Option<Error> {
     let device = memory.device.filter(|d| !d.shared && d.driver > d.cap)?;
-    let error = Error::invariant("training uses more device memory than vram_high_watermark_mb allows")
+    let error = Error::try_again("more device memory is taken than vram_high_watermark_mb allows")
         .expected(format!("at most {:.0} MiB by the driver's figure", device.cap))
-        .found(format!("{:.0} MiB, of which {:.0} are planned", device.driver, device.arena))
-        .advice("the run goes on from the checkpoint with a lower memory.stagehand.vram_high_watermark_mb; please report the figures");
+        .found(format!("{:.0} MiB, of which training has planned {:.0}", device.driver, device.arena))
+        .advice(
+            "if another program has taken some since the start, the run goes on from the checkpoint beside it; if not, lower \
+             memory.stagehand.vram_high_watermark_mb, and please report the figures",
+        );
     Some(error)
 }
 

@@ -170,6 +170,22 @@ fn a_run_that_is_stopped_anywhere_and_resumed_equals_one_that_is_not() {
 }
 
 #[test]
+fn a_step_is_safe_whatever_fails_behind_it() {
+    // The first validation has visits 1 to 3, four steps follow, 24 to 26 are the last validation.
+    let saved = |dir: &Path| checkpoint::list(&dir.join("checkpoints")).unwrap().into_iter().map(|(s, _)| s).collect::<Vec<_>>();
+    for (event, code) in [(Event::FailAt(25), 69), (Event::NanFrom(24), 65)] {
+        let dir = tempfile::tempdir().unwrap();
+        let config = config(dir.path(), 4, &[("checkpoint.save_every", json!(0))]);
+        assert_eq!(run(&config, event).unwrap_err().exit_code(), code);
+        assert_eq!(saved(dir.path()), [4]);
+        assert_eq!(steps_of(&Outputs::of(&config).log), [0, 1, 2, 3, 4]);
+        // Only the validation is left to be done.
+        run(&config, Event::FailAt(4)).unwrap();
+        assert!(lines(&Outputs::of(&config)).iter().all(|l| l.val_loss.is_some() == (l.step == 0 || l.step == 4)));
+    }
+}
+
+#[test]
 fn a_killed_run_goes_on_from_an_older_checkpoint() {
     let dir = tempfile::tempdir().unwrap();
     let config = config(dir.path(), 10, &[]);

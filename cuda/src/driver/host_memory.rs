@@ -81,6 +81,25 @@ unsafe impl HostMemory for Pinned {
     }
 }
 
+/// That the host does not give page-locked memory, which is not the device's fault; other failures as they are.
+fn refused(code: CUresult, bytes: usize) -> Result<()> {
+    use CUresult as R;
+    match code {
+        R::CUDA_ERROR_OUT_OF_MEMORY
+        | R::CUDA_ERROR_INVALID_VALUE
+        | R::CUDA_ERROR_OPERATING_SYSTEM
+        | R::CUDA_ERROR_NOT_PERMITTED
+        | R::CUDA_ERROR_NOT_SUPPORTED => {
+            Err(Error::try_again(format!("the host has no {bytes} bytes of page-locked memory for the device"))
+                .cause(describe(code))
+                .advice(
+                    "raise the limit of locked memory (`ulimit -l`), or lower memory.stagehand.pinned_pool_mb or activation_offload_mb",
+                ))
+        }
+        _ => check(code, &format!("taking {bytes} bytes of page-locked memory")),
+    }
+}
+
 impl Pinned {
     /// Takes `bytes` (at least one) of zeroed, cached page-locked memory (not write-combined: the host may read it).
     ///
@@ -91,7 +110,7 @@ impl Pinned {
         let mut base = std::ptr::null_mut();
         // SAFETY: `base` outlives the call; a context is current. Freed once, in drop.
         let code = unsafe { sys::cuMemHostAlloc(&mut base, bytes.max(1), sys::CU_MEMHOSTALLOC_PORTABLE) };
-        check(code, &format!("taking {bytes} bytes of page-locked memory"))?;
+        refused(code, bytes)?;
         // SAFETY: `base` has at least `bytes` bytes and nobody else knows it.
         unsafe { std::ptr::write_bytes(base.cast::<u8>(), 0, bytes) };
         Ok(Self { base, bytes, context: context.clone() })

@@ -37,8 +37,6 @@ use crate::tokenizer::Tokens;
 const PACK_ROWS: usize = 4096;
 /// And where it does not: fewer gain nothing.
 const PACK_ROWS_MIN: usize = 256;
-/// Page-locked buffers beside the readers': embeddings come to the device through them, and kept states leave it.
-const STAGING: usize = 4;
 /// What the product library loads at first use.
 const LIBRARIES: u64 = 192 << 20;
 /// Left free on a device without a cap.
@@ -111,9 +109,7 @@ struct Layer {
 
 fn no_device(e: Error) -> Error {
     match e {
-        Error::Absent(_) => {
-            e.advice("set \"train_device\": \"cpu\" to encode on the processor, or check the NVIDIA driver with `nvidia-smi`")
-        }
+        Error::Absent(_) => e.or_advice("set \"train_device\": \"cpu\" to encode on the processor"),
         other => other,
     }
 }
@@ -144,7 +140,7 @@ impl CudaTextEncoder {
         let budget = usize::try_from(cap.saturating_sub(used + LIBRARIES)).unwrap_or(usize::MAX);
         let cores = std::thread::available_parallelism().map_or(1, usize::from);
         let readers = settings.readers.unwrap_or(READERS.min(cores)).max(1);
-        let buffers = Buffers::new(gpu.context(), 2 * readers + STAGING)?;
+        let (buffers, readers) = Buffers::new(gpu.context(), readers)?;
         let this = Self { weights, geometry, heads, ty: settings.ty, budget, readers, gpu, buffers };
         pass::load_kernels(&this)?;
         Ok(this)

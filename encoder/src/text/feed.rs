@@ -10,6 +10,10 @@ use serenity_protocol::{Error, Result};
 
 /// Bytes of a page-locked buffer, and of a copy to the device.
 pub(super) const PIECE_BYTES: usize = 4 << 20;
+/// Page-locked buffers of a reader.
+const READER_BUFFERS: usize = 2;
+/// Page-locked buffers beside the readers': embeddings come to the device through them, and kept states leave it.
+pub(super) const STAGING: usize = 4;
 /// Layers that have memory on the device at a time.
 pub(super) const PLACES: usize = 2;
 
@@ -32,13 +36,26 @@ pub(super) struct Buffers {
 }
 
 impl Buffers {
-    /// With `count` buffers of [`PIECE_BYTES`].
+    /// With [`READER_BUFFERS`] of [`PIECE_BYTES`] for each of so many readers and [`STAGING`] more. Where the host has not so much page-locked
+    /// memory, for fewer readers: returns for how many.
     ///
     /// # Errors
-    /// [`Error::TryAgain`] without so much page-locked memory.
-    pub fn new(context: &Arc<Context>, count: usize) -> Result<Self> {
-        let free = (0..count).map(|_| Buffer::new(context, PIECE_BYTES)).collect::<Result<_>>()?;
-        Ok(Self { free: Mutex::new(free), context: context.clone() })
+    /// [`Error::TryAgain`] without page-locked memory for one.
+    pub fn new(context: &Arc<Context>, readers: usize) -> Result<(Self, usize)> {
+        let mut free = Vec::new();
+        let mut served = readers;
+        while free.len() < READER_BUFFERS * readers + STAGING {
+            match Buffer::new(context, PIECE_BYTES) {
+                Ok(buffer) => free.push(buffer),
+                Err(Error::TryAgain(e)) if free.len() >= READER_BUFFERS + STAGING => {
+                    served = (free.len() - STAGING) / READER_BUFFERS;
+                    tracing::warn!("{served} instead of {readers} threads read weights: {}", Error::TryAgain(e));
+                    break;
+                }
+                Err(e) => return Err(e),
+            }
+        }
+        Ok((Self { free: Mutex::new(free), context: context.clone() }, served))
     }
 
     fn lock(&self) -> MutexGuard<'_, Vec<Buffer>> {

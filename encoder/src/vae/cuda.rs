@@ -5,7 +5,7 @@
 //! free for the next layer as soon as the host lets go of it. Biases are not added by the convolution but by the pass that gathers the sums
 //! for the next norm ([`Rows::biases`] says which are due).
 
-use std::cell::RefCell;
+use std::cell::{Cell, RefCell};
 use std::ops::Range;
 use std::rc::Rc;
 
@@ -72,6 +72,8 @@ struct Work {
     keys: Ptr,
     scratch: Scratch,
     locked: Rc<RefCell<Vec<Pinned>>>,
+    /// The host has no more page-locked memory.
+    refused: Cell<bool>,
     /// What all of it lies in.
     _arena: Arena,
 }
@@ -297,7 +299,7 @@ impl Cuda {
 fn no_device(e: Error) -> Error {
     match e {
         Error::Absent(_) => {
-            e.advice("encode on a machine with an NVIDIA GPU (\"encoder\": {\"host\": ...}), or set \"train_device\" (of an encoding host: \"encoder.device\") to \"cpu\"")
+            e.or_advice("encode on a machine with an NVIDIA GPU (\"encoder\": {\"host\": ...}), or set \"train_device\" (of an encoding host: \"encoder.device\") to \"cpu\"")
         }
         other => other,
     }
@@ -314,6 +316,7 @@ impl Work {
             keys: arena.reserve(plan.keys)?,
             scratch: Scratch { ptr: arena.reserve(plan.scratch)?, bytes: plan.scratch },
             locked: Rc::default(),
+            refused: Cell::new(false),
             _arena: arena,
         })
     }
@@ -387,12 +390,17 @@ impl Kit for Cuda {
                 return Ok(Host::Plain(vec![0.0; shape.len()]));
             }
             let found = w.locked.borrow_mut().pop();
+            if found.is_none() && w.refused.get() {
+                return Ok(Host::Plain(vec![0.0; shape.len()]));
+            }
             match found.map_or_else(|| Pinned::new(self.gpu.context(), w.plan.host), Ok) {
                 Ok(memory) => Ok(Host::Locked(Locked { memory: Some(memory), free: w.locked.clone() })),
-                Err(e) => {
-                    tracing::debug!("{e}\n  strips go through pageable memory: slower");
+                Err(Error::TryAgain(e)) => {
+                    tracing::warn!("strips of images go through memory that is not page-locked, which is slower: {}", Error::TryAgain(e));
+                    w.refused.set(true);
                     Ok(Host::Plain(vec![0.0; shape.len()]))
                 }
+                Err(e) => Err(e),
             }
         })
     }

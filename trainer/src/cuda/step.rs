@@ -109,6 +109,51 @@ fn make_plan(gpu: &Gpu, p: &Parts<'_>, targets: &[LinearSpec]) -> Result<(Plan, 
     Ok((plan, shapes))
 }
 
+/// Page-locked memory of the host that a plan wants, in the order in which it is taken.
+struct Locked {
+    hosted: Option<Pinned>,
+    traffic: Traffic,
+    parcels: Traffic,
+}
+
+/// What is planned without when the host has no page-locked memory for it.
+#[derive(Debug, Clone, Copy)]
+enum GiveUp {
+    Hosted,
+    Inputs,
+    Parcels,
+}
+
+impl Locked {
+    /// Takes it, or says what there is no memory for.
+    fn new(gpu: &Gpu, plan: &Plan) -> Result<Self, (GiveUp, Error)> {
+        let without = |what: GiveUp| move |e: Error| (what, e);
+        let hosted = (plan.hosted_bytes > 0).then(|| Pinned::new(gpu.context(), plan.hosted_bytes)).transpose();
+        let hosted = hosted.map_err(without(GiveUp::Hosted))?;
+        let traffic = Traffic::new(gpu, plan.turns, plan.host).map_err(without(GiveUp::Inputs))?;
+        let parcels = Traffic::new(gpu, plan.parcels, plan.parcel_host).map_err(without(GiveUp::Parcels))?;
+        Ok(Self { hosted, traffic, parcels })
+    }
+}
+
+impl GiveUp {
+    fn consequence(self) -> &'static str {
+        match self {
+            GiveUp::Hosted => "all weights outside the blocks are kept on the device",
+            GiveUp::Inputs => "block inputs are kept on the device",
+            GiveUp::Parcels => "activations are computed again instead of waiting on the host",
+        }
+    }
+
+    fn limit(self, limits: &mut Limits) {
+        match self {
+            GiveUp::Hosted => (limits.hosted_max, limits.hosted) = (0, None),
+            GiveUp::Inputs => (limits.host_max, limits.turns) = (0, None),
+            GiveUp::Parcels => (limits.parcels_max, limits.travelling) = (0, None),
+        }
+    }
+}
+
 impl CudaStep {
     /// Plans, takes the memory, and copies what is resident.
     ///
@@ -126,48 +171,30 @@ impl CudaStep {
             let spec = spec.filter(fits).ok_or_else(|| Error::data(format!("the adapter of '{}' fits no block linear", adapter.name)))?;
             targets.push(spec.clone());
         }
-        let (mut plan, shapes) = make_plan(&gpu, &parts, &targets)?;
-        let locked = |plan: &Plan| (plan.hosted_bytes > 0).then(|| Pinned::new(gpu.context(), plan.hosted_bytes)).transpose();
-        let hosted = match locked(&plan) {
-            Err(Error::TryAgain(e)) => {
-                tracing::warn!(
-                    "all weights outside the blocks are kept on the device, for the host has no page-locked memory for them: {}",
-                    Error::TryAgain(e)
-                );
-                parts.limits.hosted_max = 0;
-                plan = make_plan(&gpu, &parts, &targets)?.0;
-                None
+        let (plan, shapes, locked) = loop {
+            let (plan, shapes) = make_plan(&gpu, &parts, &targets)?;
+            match Locked::new(&gpu, &plan) {
+                Ok(locked) => break (plan, shapes, locked),
+                Err((give_up, Error::TryAgain(e))) => {
+                    tracing::warn!("{}: {}", give_up.consequence(), Error::TryAgain(e));
+                    give_up.limit(&mut parts.limits);
+                }
+                Err((_, other)) => return Err(other),
             }
-            other => other?,
-        };
-        let parcels = match Traffic::new(&gpu, plan.parcels, plan.parcel_host) {
-            Err(Error::TryAgain(e)) if plan.parcel_host > 0 => {
-                tracing::warn!(
-                    "activations are computed again instead of waiting on the host, which has no page-locked memory for them: {}",
-                    Error::TryAgain(e)
-                );
-                // What is page-locked already stays as planned.
-                parts.limits = Limits { parcels_max: 0, travelling: None, hosted_max: plan.hosted_bytes, ..parts.limits };
-                plan = make_plan(&gpu, &parts, &targets)?.0;
-                Traffic::new(&gpu, plan.parcels, plan.parcel_host)?
-            }
-            other => other?,
         };
         tracing::info!("device memory: {plan}");
         let arena = Arena::new(&gpu, plan.total())?;
         let (g, ty) = (parts.geometry, parts.ty);
-        let hosted = if plan.hosted_bytes == hosted.as_ref().map_or(0, Pinned::bytes) { hosted } else { locked(&plan)? };
-        let other = Other::upload(&gpu, &arena, (g, ty), parts.other, (plan.hosted, hosted))?;
+        let other = Other::upload(&gpu, &arena, (g, ty), parts.other, (plan.hosted, locked.hosted))?;
         let adapters = Adapters::new(&gpu, &arena, ty, parts.optimizer, parts.adapters)?;
         let tile = Tiles::new(arena.reserve(plan.tile)?, plan.tile);
         let scratch = arena.reserve(8 * MSE_PARTIALS)?;
-        let traffic = Traffic::new(&gpu, plan.turns, plan.host)?;
         let blocks = Blocks::new(&gpu, &arena, &plan, parts.payloads, parts.supply)?;
         Ok(Self {
             blocks,
             ahead: false,
-            traffic,
-            parcels,
+            traffic: locked.traffic,
+            parcels: locked.parcels,
             engines: Vec::new(),
             ropes: Vec::new(),
             adapters,

@@ -86,12 +86,12 @@ struct Allowance {
 }
 
 impl Allowance {
-    /// From what the driver said when the context was there and nothing else. `high` is `None` for `auto`.
+    /// From what the driver said when the context was there and nothing else. `high` is `None` for `auto`, and more than the device has counts as that.
     fn new(high: Option<u64>, free: u64, total: u64) -> Self {
         let used = total.saturating_sub(free);
         let context = used.min(CONTEXT_MAX);
         let all = (free + context).saturating_sub(MARGIN);
-        Self { cap: high.unwrap_or(all), context, shared: used > CONTEXT_MAX }
+        Self { cap: high.filter(|high| *high <= total).unwrap_or(all), context, shared: used > CONTEXT_MAX }
     }
 
     /// Bytes for the arena, when so many were taken since.
@@ -139,6 +139,15 @@ impl CudaEngine {
         // Keeping everything is the point of `resident`: the watermarks are those of streaming.
         let high = stagehand.vram_high_bytes.filter(|_| !resident);
         let allowance = Allowance::new(high, info.free + info.used_by_process_estimate, info.total);
+        if let Some(high) = high.filter(|high| *high > info.total) {
+            tracing::warn!(
+                "memory.stagehand.vram_high_watermark_mb is {:.0} MiB, and the device has {:.0}: it counts as \"auto\", {:.0} MiB",
+                high as f64 / MIB,
+                info.total as f64 / MIB,
+                allowance.cap as f64 / MIB
+            );
+        }
+        let budget = allowance.budget(info.used_by_process_estimate);
         let (layout, ring, supply) = supply(&gpu, slab, opening, process)?;
         let payloads = layout.blocks.iter().map(Payload::of).collect::<Result<Vec<_>>>()?;
         let ty = match config.dtype {
@@ -154,8 +163,13 @@ impl CudaEngine {
             batches: opening.batches.clone(),
             payloads,
             supply,
-            budget: allowance.budget(info.used_by_process_estimate),
-            limits: Limits { buffers: (1, stagehand.prefetch_window_blocks + 1), parcels_max: parcels_max(config), ..Limits::default() },
+            budget,
+            limits: Limits {
+                buffers: (1, stagehand.prefetch_window_blocks + 1),
+                parcels_max: parcels_max(config),
+                beside: (allowance.context + info.used_by_process_estimate + LIBRARIES) as usize,
+                ..Limits::default()
+            },
             timed: false,
         };
         let name = gpu.properties().name.clone();
@@ -407,5 +421,8 @@ mod tests {
         let auto = Allowance::new(None, gib(40), gib(80));
         assert!(auto.cap + MARGIN <= gib(41) && auto.budget(0) as u64 + LIBRARIES + MARGIN <= gib(40));
         assert_eq!(Allowance::new(Some(1 << 20), gib(79), gib(80)).budget(0), 0);
+        // A card that is smaller than what is asked: as much as it has.
+        assert_eq!(Allowance::new(Some(gib(20)), gib(11), gib(12)).cap, Allowance::new(None, gib(11), gib(12)).cap);
+        assert_eq!(Allowance::new(Some(gib(12)), gib(11), gib(12)).cap, gib(12));
     }
 }

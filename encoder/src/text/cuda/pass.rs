@@ -14,10 +14,10 @@ use serenity_protocol::{Error, Result};
 
 use super::arrival::Arrival;
 use super::leaving::Leaving;
-use super::{CudaTextEncoder, Layer, PACK_ROWS, Plan, STAGING, Space};
+use super::{CudaTextEncoder, Layer, PACK_ROWS, Plan, Space};
 use crate::tensor::{failed, upload_as};
 use crate::text::encode::{Embedding, EncodeTimes, Hidden, Task, packs};
-use crate::text::feed::{Buffer, Feed};
+use crate::text::feed::{Buffer, Feed, STAGING};
 use crate::text::hidden::{HiddenStore, bytes_of};
 use crate::text::weights::LayerPlaces;
 use crate::tokenizer::Tokens;

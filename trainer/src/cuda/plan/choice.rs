@@ -48,11 +48,16 @@ pub(super) fn choose(fixed: &Plan, need: &Need<'_>, rings: &[usize]) -> Result<P
         }
     }
     let too_small = || {
-        let (minimum, plan) = least.map_or((String::new(), String::new()), |p| (p.total().div_ceil(1 << 20).to_string(), p.to_string()));
+        let beside = need.limits.beside;
+        let (minimum, plan) =
+            least.map_or((String::new(), String::new()), |p| ((p.total() + beside).div_ceil(1 << 20).to_string(), p.to_string()));
         Error::config("the device memory allowed for training is too small")
-            .expected(format!("at least {minimum} MiB"))
-            .found(format!("{} MiB\n{plan}", need.budget >> 20))
-            .advice("raise memory.stagehand.vram_high_watermark_mb, or lower resolution, batch_size or gradient_accumulation_steps")
+            .expected(format!("at least {minimum} MiB, context and libraries ({} MiB) included", beside.div_ceil(1 << 20)))
+            .found(format!("{} MiB\n{plan}", (need.budget + beside) >> 20))
+            .advice(
+                "raise memory.stagehand.vram_high_watermark_mb if the device has more, set memory.strategy to \"stagehand\", or lower resolution, \
+                 batch_size or gradient_accumulation_steps",
+            )
     };
     best.ok_or_else(too_small)
 }

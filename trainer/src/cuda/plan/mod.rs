@@ -173,6 +173,8 @@ pub struct Limits {
     pub travelling: Option<(usize, usize)>,
     /// What the device does in a second, for comparing one possibility with another.
     pub rates: Rates,
+    /// Device memory of the process that is not the arena's: told with the least that is needed.
+    pub beside: usize,
 }
 
 impl Default for Limits {
@@ -188,6 +190,7 @@ impl Default for Limits {
             hosted: None,
             travelling: None,
             rates: Rates::default(),
+            beside: 0,
         }
     }
 }
