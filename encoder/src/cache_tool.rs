@@ -73,28 +73,43 @@ pub fn list(config: &Config) -> Result<Vec<Listed>> {
 /// Reads every entry of the folder; corrupt ones are set aside, so that the next run makes them again. The number of whole entries.
 ///
 /// # Errors
-/// [`Error::Data`] naming the corrupt entries; [`Error::TryAgain`] when asked to stop.
+/// [`Error::Data`] naming the corrupt entries; [`Error::Absent`] if others cannot be read, which stay; [`Error::TryAgain`] when asked to stop.
 pub fn verify(config: &Config, process: &Process) -> Result<usize> {
     let all = entries(&config.data.cache_dir)?;
-    let mut corrupt = Vec::new();
+    let (mut corrupt, mut unread) = (Vec::new(), Vec::new());
     for entry in &all {
         process.tick();
         if process.stop_requested() {
             return Err(process.interrupted());
         }
         if let Err(e) = entry.verify() {
+            if !entry.path.exists() {
+                // Pruned, or set aside by another, since the folder was listed.
+                continue;
+            }
+            if !matches!(e, Error::Data(_)) {
+                unread.push(e);
+                continue;
+            }
             let aside = entry.path.with_extension("corrupt");
             std::fs::rename(&entry.path, &aside).map_err(|e| Error::io("cannot set a corrupt entry aside", &entry.path, e))?;
             corrupt.push(e);
         }
     }
-    if corrupt.is_empty() {
+    let named = |errors: &[Error]| errors.iter().take(NAMED_MAX).map(ToString::to_string).collect::<Vec<_>>().join("\n");
+    if corrupt.is_empty() && unread.is_empty() {
         return Ok(all.len());
     }
-    let named: Vec<String> = corrupt.iter().take(NAMED_MAX).map(ToString::to_string).collect();
-    Err(Error::data(format!("{} of {} entries are corrupt and were set aside", corrupt.len(), all.len()))
+    if corrupt.is_empty() {
+        return Err(Error::absent(format!("{} of {} entries cannot be read, and stay as they are", unread.len(), all.len()))
+            .at(&config.data.cache_dir)
+            .cause(named(&unread)));
+    }
+    let count = corrupt.len();
+    corrupt.append(&mut unread);
+    Err(Error::data(format!("{count} of {} entries are corrupt and were set aside", all.len()))
         .at(&config.data.cache_dir)
-        .cause(named.join("\n"))
+        .cause(named(&corrupt))
         .advice("run the encoder: it makes them again"))
 }
 

@@ -10,7 +10,7 @@ use std::path::Path;
 use candle_core::{DType, Device, Tensor};
 use fast_image_resize::images::Image;
 use fast_image_resize::{FilterType, PixelType, ResizeAlg, ResizeOptions, Resizer};
-use image::{DynamicImage, ImageDecoder, ImageReader, Limits};
+use image::{DynamicImage, ImageDecoder, ImageFormat, ImageReader, Limits};
 use serenity_protocol::{Error, Result};
 
 use crate::tensor::failed;
@@ -96,6 +96,9 @@ fn decode(bytes: &[u8], path: &Path) -> Result<DynamicImage> {
     limits.max_image_height = Some(SIDE_MAX);
     limits.max_alloc = Some(DECODE_BYTES_MAX);
     reader.limits(limits);
+    if reader.format() == Some(ImageFormat::Jpeg) && !has_jpeg_end(bytes) {
+        return Err(unreadable(&"the file ends before its image does"));
+    }
     let mut decoder = reader.into_decoder().map_err(|e| unreadable(&e))?;
     let orientation = decoder.orientation().map_err(|e| unreadable(&e))?;
     let mut image = DynamicImage::from_decoder(decoder).map_err(|e| unreadable(&e))?;
@@ -104,6 +107,22 @@ fn decode(bytes: &[u8], path: &Path) -> Result<DynamicImage> {
         return Err(unreadable(&"it has no pixels"));
     }
     Ok(image)
+}
+
+/// Whether a JPEG file has an end-of-image marker behind the first scan. Decoders fill what is missing with grey; half a download must not be trained on.
+fn has_jpeg_end(bytes: &[u8]) -> bool {
+    // Segments of known length up to the first scan: a thumbnail in one of them has an end of its own.
+    let mut at = 2;
+    while let Some([0xff, marker, high, low]) = bytes.get(at..at + 4) {
+        match marker {
+            0xff => at += 1,
+            0x01 | 0xd0..=0xd8 => at += 2,
+            0xd9 => return true,
+            0xda => break,
+            _ => at += 2 + usize::from(u16::from_be_bytes([*high, *low])),
+        }
+    }
+    bytes.get(at..).unwrap_or_default().windows(2).any(|pair| pair == [0xff, 0xd9])
 }
 
 /// The size that covers a square of `side`: the shorter side becomes `side`, the longer one is rounded down (torchvision's `Resize`).
@@ -146,6 +165,28 @@ mod tests {
         encoder.set_exif_metadata(exif).unwrap();
         image.write_with_encoder(encoder).unwrap();
         bytes
+    }
+
+    #[test]
+    fn half_a_jpeg_is_refused() {
+        let image = DynamicImage::ImageRgb8(synthetic(300, 200));
+        let mut whole = Vec::new();
+        image.write_to(&mut Cursor::new(&mut whole), ImageFormat::Jpeg).unwrap();
+        // A thumbnail that is a whole JPEG, in front.
+        let mut small = Vec::new();
+        DynamicImage::ImageRgb8(synthetic(8, 8)).write_to(&mut Cursor::new(&mut small), ImageFormat::Jpeg).unwrap();
+        let length = u16::try_from(small.len() + 2).unwrap().to_be_bytes();
+        let with_thumbnail = [&whole[..2], &[0xff, 0xe2], &length, &small, &whole[2..]].concat();
+        for file in [&whole, &with_thumbnail] {
+            Pixels::prepare(file, Path::new("a.jpg"), 64).unwrap();
+            // Something behind the end does not matter.
+            Pixels::prepare(&[file.as_slice(), b"more"].concat(), Path::new("a.jpg"), 64).unwrap();
+            for part in [30, 60, 90] {
+                let half = &file[..file.len() * part / 100];
+                assert_eq!(Pixels::prepare(half, Path::new("a.jpg"), 64).unwrap_err().exit_code(), 65, "{part} %");
+            }
+            assert_eq!(Pixels::prepare(&file[..file.len() - 2], Path::new("a.jpg"), 64).unwrap_err().exit_code(), 65);
+        }
     }
 
     #[test]

@@ -9,7 +9,7 @@ use std::sync::Mutex;
 use std::time::Duration;
 
 use serenity_protocol::cache::claims::{Claim, Claims};
-use serenity_protocol::cache::{CachePlan, Check, LatentItem, TextItem};
+use serenity_protocol::cache::{CachePlan, Check, Key, LatentItem, TextItem};
 use serenity_protocol::config::Config;
 use serenity_protocol::message::FromChild;
 use serenity_protocol::model_path;
@@ -96,7 +96,7 @@ pub fn run(config: &Config, options: RunOptions, process: &Process) -> Result<Su
 ///
 /// # Errors
 /// As [`run`].
-pub fn run_with(config: &Config, options: RunOptions, process: &Process, connect: Option<Connect>) -> Result<Summary> {
+pub fn run_with<'c>(config: &Config, options: RunOptions, process: &Process, connect: Option<Connect<'c>>) -> Result<Summary> {
     let samples = dataset::scan(&config.data)?;
     let paths = model_path::resolve(&config.model)?;
     let folder = &config.data.cache_dir;
@@ -106,27 +106,24 @@ pub fn run_with(config: &Config, options: RunOptions, process: &Process, connect
     let mut missing = Missing::of(&plan, options.shard);
     let cached = plan.latents.iter().filter(|l| l.present).count() + plan.text.iter().filter(|t| t.present).count();
     let mut summary = Summary { cached, files_hashed: plan.files_hashed, ..Summary::default() };
-    if !missing.is_empty()
-        && let Some(connect) = connect
-    {
-        let fetched = remote::client::fetch(config, &plan, &missing, connect, process)?;
-        summary = Summary { cached: summary.cached, files_hashed: summary.files_hashed, ..fetched };
-    } else if !missing.is_empty() {
-        let engine = Engine {
-            paths: &paths,
-            device: config.device,
-            place: Place::of(config),
-            hidden_states: plan.hidden_states,
-            max_length: plan.max_length,
-            resolution: plan.resolution,
-            budget: options.budget,
-            scratch: folder,
-            process,
+    if !missing.is_empty() {
+        let mut maker = match connect {
+            Some(connect) => Maker::Elsewhere { config, plan: &plan, connect },
+            None => Maker::Here(Engine {
+                paths: &paths,
+                device: config.device,
+                place: Place::of(config),
+                hidden_states: plan.hidden_states,
+                max_length: plan.max_length,
+                resolution: plan.resolution,
+                budget: options.budget,
+                scratch: folder,
+                process,
+            }),
         };
-        let claims = Claims::open(folder)?;
-        let job = Job { engine, claims, process };
+        let job = Job { claims: Claims::open(folder)?, process };
         loop {
-            missing = job.round(missing, &mut summary)?;
+            missing = job.round(&mut maker, missing, &mut summary)?;
             if missing.is_empty() {
                 break;
             }
@@ -161,21 +158,63 @@ impl<'a> Missing<'a> {
     }
 }
 
+/// Who encodes.
+enum Maker<'a, 'c> {
+    /// This process.
+    Here(Engine<'a>),
+    /// The server on the other machine.
+    Elsewhere { config: &'a Config, plan: &'a CachePlan, connect: Connect<'c> },
+}
+
 struct Job<'a> {
-    engine: Engine<'a>,
     claims: Claims,
     process: &'a Process,
 }
 
 impl<'a> Job<'a> {
     /// Encodes what can be claimed; the rest is what others are making.
-    fn round(&self, missing: Missing<'a>, summary: &mut Summary) -> Result<Missing<'a>> {
-        let images = self.images(&missing.images, summary)?;
-        let captions = self.captions(&missing.captions, summary)?;
-        Ok(Missing { images, captions })
+    fn round(&self, maker: &mut Maker<'a, '_>, missing: Missing<'a>, summary: &mut Summary) -> Result<Missing<'a>> {
+        match maker {
+            Maker::Here(engine) => {
+                let images = self.images(engine, &missing.images, summary)?;
+                let captions = self.captions(engine, &missing.captions, summary)?;
+                Ok(Missing { images, captions })
+            }
+            Maker::Elsewhere { config, plan, connect } => {
+                let (images, busy_images) = self.claim(&missing.images, |item| &item.key, LatentItem::is_whole)?;
+                let (captions, busy_captions) = self.claim(&missing.captions, |item| &item.key, TextItem::is_whole)?;
+                let mine = Missing { images, captions };
+                if !mine.is_empty() {
+                    let fetched = remote::client::fetch(config, plan, &mine, connect, self.process)?;
+                    summary.images += fetched.images;
+                    summary.captions += fetched.captions;
+                }
+                mine.images
+                    .iter()
+                    .map(|item| &item.key)
+                    .chain(mine.captions.iter().map(|item| &item.key))
+                    .for_each(|key| self.claims.release(key));
+                Ok(Missing { images: busy_images, captions: busy_captions })
+            }
+        }
     }
 
-    fn images(&self, items: &[&'a LatentItem], summary: &mut Summary) -> Result<Vec<&'a LatentItem>> {
+    /// Those of `items` that this process is to make, and those that others are making; neither those that are there by now.
+    fn claim<T>(&self, items: &[&'a T], key: impl Fn(&'a T) -> &'a Key, is_whole: impl Fn(&T) -> bool) -> Result<(Vec<&'a T>, Vec<&'a T>)> {
+        let (mut mine, mut busy) = (Vec::new(), Vec::new());
+        for item in items {
+            let key = key(item);
+            match self.claims.claim(key)? {
+                Claim::Busy => busy.push(*item),
+                // Another encoder has made it since the plan.
+                Claim::Mine if is_whole(item) => self.claims.release(key),
+                Claim::Mine => mine.push(*item),
+            }
+        }
+        Ok((mine, busy))
+    }
+
+    fn images(&self, engine: &Engine, items: &[&'a LatentItem], summary: &mut Summary) -> Result<Vec<&'a LatentItem>> {
         let busy = Mutex::new(Vec::new());
         let mut waiting = items.iter().enumerate();
         // An image is claimed just before it is read, so that several encoders share the images.
@@ -191,7 +230,7 @@ impl<'a> Job<'a> {
                 }
             }
         };
-        self.engine.images(items.len(), next, &mut |id, bytes| {
+        engine.images(items.len(), next, &mut |id, bytes| {
             let item = items.get(id).ok_or_else(|| Error::invariant("a latent without an image"))?;
             atomic_file::write(&item.path, &bytes)?;
             self.claims.release(&item.key);
@@ -201,18 +240,11 @@ impl<'a> Job<'a> {
         busy.into_inner().map_err(|_| Error::invariant("the image reader panicked"))
     }
 
-    fn captions(&self, items: &[&'a TextItem], summary: &mut Summary) -> Result<Vec<&'a TextItem>> {
-        let (mut mine, mut busy) = (Vec::new(), Vec::new());
-        for item in items {
-            match self.claims.claim(&item.key)? {
-                Claim::Busy => busy.push(*item),
-                Claim::Mine if item.is_whole() => self.claims.release(&item.key),
-                Claim::Mine => mine.push(*item),
-            }
-        }
+    fn captions(&self, engine: &Engine, items: &[&'a TextItem], summary: &mut Summary) -> Result<Vec<&'a TextItem>> {
+        let (mine, busy) = self.claim(items, |item| &item.key, TextItem::is_whole)?;
         let works: Vec<CaptionWork> =
             mine.iter().map(|item| CaptionWork { caption: item.caption.clone(), file: item.caption_file.clone() }).collect();
-        self.engine.captions(&works, &mut |index, bytes| {
+        engine.captions(&works, &mut |index, bytes| {
             let item = mine.get(index).ok_or_else(|| Error::invariant("an embedding without a caption"))?;
             atomic_file::write(&item.path, &bytes)?;
             self.claims.release(&item.key);

@@ -111,6 +111,50 @@ fn other_weights_are_refused_even_if_the_refusal_is_damaged() {
     assert_eq!((connections, dir.entries("cache").len()), (2, 0));
 }
 
+fn sound_link() -> Link {
+    damaged_link(Kind::Failed, 0, &Arc::new(Mutex::new(false)))
+}
+
+#[test]
+fn what_cannot_be_sent_or_decoded_ends_the_run_with_its_name() {
+    // An image that goes after the plan was made, and one that is none, named as frames of films are.
+    let gone = Dir::new(&CAPTIONS);
+    let image = gone.path("images/2.png");
+    let mut connections = 0;
+    let mut connect = || {
+        connections += 1;
+        std::fs::remove_file(&image).unwrap();
+        Ok(sound_link())
+    };
+    let started = Instant::now();
+    let error = through(&gone, "cache", &mut connect).unwrap_err();
+    assert!(error.exit_code() == 69 && error.to_string().contains("2.png"), "{error}");
+    assert!(started.elapsed() < Duration::from_secs(20));
+    assert_eq!(connections, 1);
+    let bad = Dir::new(&CAPTIONS);
+    std::fs::write(bad.path("images/frame_0001.png"), b"no image").unwrap();
+    std::fs::write(bad.path("images/frame_0001.txt"), b"a caption").unwrap();
+    let mut connections = 0;
+    let mut connect = || {
+        connections += 1;
+        Ok(sound_link())
+    };
+    let error = through(&bad, "cache", &mut connect).unwrap_err();
+    assert!(error.exit_code() == 65 && error.to_string().contains("frame_0001.png"), "{error}");
+    assert_eq!(connections, 1);
+}
+
+#[test]
+fn two_that_ask_another_machine_share_the_work() {
+    let dir = Dir::new(&CAPTIONS);
+    let one = || counts(through(&dir, "cache", &mut || Ok(sound_link())).unwrap());
+    let (a, b) = std::thread::scope(|scope| {
+        let other = scope.spawn(one);
+        (one(), other.join().unwrap())
+    });
+    assert_eq!((a.0 + b.0, a.1 + b.1), (4, 4), "{a:?} {b:?}");
+}
+
 #[test]
 fn a_slab_encodes_on_the_other_machine_too() {
     use serenity_loader::slab_tool::build::{BuildOptions, Component, build};
@@ -121,7 +165,7 @@ fn a_slab_encodes_on_the_other_machine_too() {
     let process = Process::detached(Role::Encoder);
     run(&dir.config("local", &[&set]), RunOptions::default(), &process).unwrap();
     let config = dir.config("remote", &[&set, "encoder.host=nowhere"]);
-    let mut connect = || Ok(damaged_link(Kind::Failed, 0, &Arc::new(Mutex::new(false))));
+    let mut connect = || Ok(sound_link());
     let summary = run_with(&config, RunOptions::default(), &process, Some(&mut connect)).unwrap();
     assert_eq!(counts(summary), (4, 4, 0));
     assert!(dir.entries("remote") == dir.entries("local"));

@@ -2,6 +2,8 @@
 
 use std::collections::HashSet;
 use std::io::{Read, Write};
+use std::path::Path;
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::sync::mpsc::{Receiver, RecvTimeoutError, sync_channel};
 use std::time::{Duration, Instant};
 
@@ -111,6 +113,30 @@ struct Client<'a> {
     meter: Meter<'a>,
 }
 
+/// What comes from the server, and what is known of both directions.
+struct Line<'l> {
+    frames: Receiver<Result<Frame>>,
+    /// Bytes so far, of frames that are not whole yet too.
+    received: &'l AtomicU64,
+    /// Something cannot be sent, for a reason on this side.
+    unsent: &'l AtomicBool,
+}
+
+/// Counts what is read.
+struct Counted<'l, R: ?Sized> {
+    inner: &'l mut R,
+    bytes: &'l AtomicU64,
+}
+
+impl<R: Read + ?Sized> Read for Counted<'_, R> {
+    fn read(&mut self, buffer: &mut [u8]) -> std::io::Result<usize> {
+        let count = self.inner.read(buffer)?;
+        // Relaxed: a lone counter.
+        self.bytes.fetch_add(count as u64, Ordering::Relaxed);
+        Ok(count)
+    }
+}
+
 /// What remains to be asked for.
 type Wanted<'a> = (Vec<(usize, &'a LatentItem)>, Vec<(usize, &'a TextItem)>);
 
@@ -162,31 +188,39 @@ impl<'a> Client<'a> {
     fn session(&mut self, link: &mut Link) -> Result<(), Fault> {
         let Link { reader, writer, close } = link;
         let (sender, frames) = sync_channel(2);
+        let (received, unsent) = (AtomicU64::new(0), AtomicBool::new(false));
+        let line = Line { frames, received: &received, unsent: &unsent };
+        let mut reader = Counted { inner: &mut **reader, bytes: &received };
         let wanted = self.wanted();
         let job = self.job(&wanted);
         std::thread::scope(|scope| {
             scope.spawn(move || {
                 loop {
-                    let received = frame::receive(&mut **reader).transpose();
-                    let last = !matches!(received, Some(Ok(_)));
-                    if received.is_none_or(|f| sender.send(f).is_err()) || last {
+                    let frame = frame::receive(&mut reader).transpose();
+                    let last = !matches!(frame, Some(Ok(_)));
+                    if frame.is_none_or(|f| sender.send(f).is_err()) || last {
                         return;
                     }
                 }
             });
-            let result = self.handshake(&frames, &mut **writer).and_then(|()| {
-                let sending = scope.spawn(move || send_work(&mut **writer, &job, &wanted));
-                let result = self.receive_entries(&frames);
+            let result = self.handshake(&line, &mut **writer).and_then(|()| {
+                let unsent = &unsent;
+                let sending = scope.spawn(move || {
+                    let sent = send_work(&mut **writer, &job, &wanted);
+                    // Relaxed: a lone flag; the result itself comes by joining.
+                    unsent.store(matches!(sent, Err(Unsent::Here(_))), Ordering::Relaxed);
+                    sent
+                });
+                let result = self.receive_entries(&line);
                 if result.is_err() {
                     // Ends what is being sent, and what is being read.
                     close();
                 }
-                drop(frames);
+                drop(line);
                 let sent = sending.join().map_err(|_| Error::invariant("the sending thread panicked"))?;
-                match (result, sent) {
-                    // A file that cannot be read matters more than the silence that follows.
-                    (_, Err(e)) if !matches!(e, Error::TryAgain(_)) => Err(Fault::Final(e)),
-                    (result, _) => result,
+                match sent {
+                    Err(Unsent::Here(e)) => Err(Fault::Final(e)),
+                    Err(Unsent::Cut) | Ok(()) => result,
                 }
             });
             close();
@@ -194,10 +228,10 @@ impl<'a> Client<'a> {
         })
     }
 
-    fn handshake(&self, frames: &Receiver<Result<Frame>>, writer: &mut dyn Write) -> Result<(), Fault> {
+    fn handshake(&self, line: &Line, writer: &mut dyn Write) -> Result<(), Fault> {
         let ours = Hello::ours();
         frame::send_json(writer, Kind::Hello, &ours).map_err(Fault::Cut)?;
-        let hello = self.next(frames)?;
+        let hello = self.next(line)?;
         if hello.kind != Kind::Hello {
             return Err(Fault::Cut(
                 Error::data("the other machine's encoder did not begin with its version").found(format!("{:?}", hello.kind)),
@@ -208,12 +242,22 @@ impl<'a> Client<'a> {
     }
 
     /// The next frame that is more than a sign of life.
-    fn next(&self, frames: &Receiver<Result<Frame>>) -> Result<Frame, Fault> {
-        let mut heard = Instant::now();
+    fn next(&self, line: &Line) -> Result<Frame, Fault> {
+        let (mut heard, mut bytes) = (Instant::now(), 0);
         loop {
             self.go_on()?;
-            match frames.recv_timeout(LOOK_EVERY) {
-                Ok(Ok(frame)) if frame.kind == Kind::Alive => heard = Instant::now(),
+            // Relaxed: a counter, and a flag whose reason comes by joining.
+            if line.unsent.load(Ordering::Relaxed) {
+                return Err(Fault::Cut(Error::try_again("what is asked for cannot be sent")));
+            }
+            // A long frame on a slow line is no silence.
+            // Relaxed: as above.
+            let now = line.received.load(Ordering::Relaxed);
+            if now != bytes {
+                (heard, bytes) = (Instant::now(), now);
+            }
+            match line.frames.recv_timeout(LOOK_EVERY) {
+                Ok(Ok(frame)) if frame.kind == Kind::Alive => {}
                 Ok(Ok(frame)) => return Ok(frame),
                 Ok(Err(damaged)) => return Err(Fault::Cut(damaged)),
                 Err(RecvTimeoutError::Timeout) if heard.elapsed() < SILENCE_MAX => {}
@@ -225,9 +269,9 @@ impl<'a> Client<'a> {
         }
     }
 
-    fn receive_entries(&mut self, frames: &Receiver<Result<Frame>>) -> Result<(), Fault> {
+    fn receive_entries(&mut self, line: &Line) -> Result<(), Fault> {
         loop {
-            let frame = self.next(frames)?;
+            let frame = self.next(line)?;
             match frame.kind {
                 Kind::Ready => {}
                 Kind::Entry => {
@@ -275,27 +319,42 @@ impl<'a> Client<'a> {
     }
 }
 
-fn send_work(writer: &mut dyn Write, job: &Job, wanted: &Wanted) -> Result<()> {
-    frame::send_json(writer, Kind::Job, job)?;
+/// Why what is asked for was not sent.
+enum Unsent {
+    /// The connection, about which the other direction knows more.
+    Cut,
+    /// Something here: another connection would end in the same way.
+    Here(Error),
+}
+
+impl Unsent {
+    /// Of sending what comes from `file`.
+    fn of(error: Error, file: &Path) -> Self {
+        if matches!(error, Error::TryAgain(_)) { Self::Cut } else { Self::Here(error.at(file)) }
+    }
+}
+
+fn send_work(writer: &mut dyn Write, job: &Job, wanted: &Wanted) -> Result<(), Unsent> {
+    frame::send_json(writer, Kind::Job, job).map_err(|e| Unsent::of(e, Path::new(&job.model)))?;
     for (id, item) in &wanted.0 {
-        let image = read_image(*id, item)?;
+        let image = read_image(*id, item).map_err(Unsent::Here)?;
         let head = ImageHead { id: *id, name: image.file.to_string_lossy().into_owned() };
-        frame::send_json_and_bytes(writer, Kind::Image, &head, &image.bytes)?;
+        frame::send_json_and_bytes(writer, Kind::Image, &head, &image.bytes).map_err(|e| Unsent::of(e, &image.file))?;
     }
     for (id, item) in &wanted.1 {
         let name = item.caption_file.to_string_lossy().into_owned();
-        frame::send_json(writer, Kind::Caption, &CaptionItem { id: *id, name, caption: item.caption.clone() })?;
+        let caption = CaptionItem { id: *id, name, caption: item.caption.clone() };
+        frame::send_json(writer, Kind::Caption, &caption).map_err(|e| Unsent::of(e, &item.caption_file))?;
     }
     Ok(())
 }
 
-/// What the server's error means here. A damaged frame on the way there (65 before it was ready cannot be told apart) is tried again by
-/// the limit on attempts; everything else stays as it is.
+/// What the server's error means here: after a frame that was damaged on the way there another connection is tried; everything else stays as it is.
 fn fault_of(failure: &Failure) -> Fault {
     let what = format!("the encoder on the other machine: {}", failure.message);
     match failure.exit_code {
         64 => Fault::Final(Error::config(what)),
-        65 if failure.message.contains("frame") => Fault::Cut(Error::data(what)),
+        65 if failure.damaged => Fault::Cut(Error::data(what)),
         65 => Fault::Final(Error::data(what)),
         69 => Fault::Final(Error::absent(what)),
         70 => Fault::Final(Error::invariant(what)),

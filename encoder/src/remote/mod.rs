@@ -15,7 +15,7 @@ use serde::{Deserialize, Serialize};
 use serenity_protocol::cache::FORMAT_VERSION;
 
 /// Version of the frames and of their order.
-pub const WIRE_VERSION: u32 = 2;
+pub const WIRE_VERSION: u32 = 3;
 
 /// First frame of both sides. Its form never changes, so that any two versions can tell each other apart.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
@@ -90,4 +90,6 @@ struct EntryHead {
 struct Failure {
     exit_code: u8,
     message: String,
+    /// A frame came damaged: another connection may work.
+    damaged: bool,
 }

@@ -2,9 +2,9 @@
 
 use std::io::{Read, Write};
 use std::path::PathBuf;
-use std::sync::Mutex;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::mpsc::{Receiver, sync_channel};
+use std::sync::{Arc, Mutex};
 use std::time::Duration;
 
 use serenity_protocol::cache::identity::Memo;
@@ -32,7 +32,8 @@ pub fn serve(input: impl Read + Send + 'static, output: impl Write + Send, budge
     let output = Mutex::new(output);
     let ended = AtomicBool::new(false);
     // The reader is not joined: it may wait for a client that sends nothing more.
-    let frames = read_frames(input, process)?;
+    let damaged = Arc::new(AtomicBool::new(false));
+    let frames = read_frames(input, damaged.clone(), process)?;
     let result = std::thread::scope(|scope| {
         let alive = scope.spawn(|| {
             // Relaxed: a lone flag; unparking orders it.
@@ -51,7 +52,9 @@ pub fn serve(input: impl Read + Send + 'static, output: impl Write + Send, budge
     let last = match &result {
         Ok(()) => reply(&output, |o| frame::send_json(o, Kind::Done, &())),
         Err(e) => {
-            let failure = Failure { exit_code: e.exit_code(), message: e.to_string().chars().take(8000).collect() };
+            let message = e.to_string().chars().take(8000).collect();
+            // Relaxed: a lone flag; the channel that the frame would have come through orders it.
+            let failure = Failure { exit_code: e.exit_code(), message, damaged: damaged.load(Ordering::Relaxed) };
             // The client may be gone; our own exit says it too.
             let _ = reply(&output, |o| frame::send_json(o, Kind::Failed, &failure));
             Ok(())
@@ -66,13 +69,17 @@ fn reply<W>(output: &Mutex<W>, send: impl FnOnce(&mut W) -> Result<()>) -> Resul
 
 type Frames = Mutex<Receiver<Result<Frame>>>;
 
-fn read_frames(mut input: impl Read + Send + 'static, process: &Process) -> Result<Frames> {
+fn read_frames(mut input: impl Read + Send + 'static, damaged: Arc<AtomicBool>, process: &Process) -> Result<Frames> {
     let (sender, receiver) = sync_channel(AHEAD);
     let stop = process.stop_flag();
     let read = move || {
         loop {
             let received = frame::receive(&mut input).transpose();
             let last = !matches!(received, Some(Ok(_)));
+            if matches!(received, Some(Err(_))) {
+                // Relaxed: see above.
+                damaged.store(true, Ordering::Relaxed);
+            }
             let taken = received.is_none_or(|frame| sender.send(frame).is_ok());
             if last || !taken {
                 // The client is gone: stop at the next look.

@@ -74,8 +74,8 @@ pub struct Report {
     pub read_seconds: f64,
     /// Bytes a second of plain reads of these files, by as many threads as were asked for, or as there are processors.
     pub read_rate: f64,
-    /// Bytes a second to the device.
-    pub bus_rate: f64,
+    /// Bytes a second to the device, if it is not the processor.
+    pub bus_rate: Option<f64>,
     /// Operations a second of products of a layer's shapes.
     pub product_rate: f64,
     /// weight_bytes / read_rate.
@@ -135,10 +135,11 @@ pub fn run(model: TextModel, options: &Options, process: &Process) -> Result<Rep
     let threads = options.readers.unwrap_or_else(|| std::thread::available_parallelism().map_or(1, usize::from));
     let read_rate = read_rate(&model.weight_files()?, threads)?;
     let (bus_rate, product_rate) = match encoder.gpu() {
-        Some(gpu) => (bus_rate(gpu)?, report::device_product_rate(gpu, &g, tokens)?),
-        None => (f64::INFINITY, report::product_rate(1024, g.hidden, g.intermediate, &candle_core::Device::Cpu, DType::F32)?),
+        Some(gpu) => (Some(bus_rate(gpu)?), report::device_product_rate(gpu, &g, tokens)?),
+        None => (None, report::product_rate(1024, g.hidden, g.intermediate, &candle_core::Device::Cpu, DType::F32)?),
     };
-    let (read, bus, compute) = (weight_bytes as f64 / read_rate, weight_bytes as f64 / bus_rate, times.flops / product_rate);
+    let bus = bus_rate.map_or(0.0, |rate| weight_bytes as f64 / rate);
+    let (read, compute) = (weight_bytes as f64 / read_rate, times.flops / product_rate);
     Ok(Report {
         device: encoder.gpu().map_or_else(|| "cpu".to_string(), |gpu| gpu.properties().name.clone()),
         captions: captions.len(),
@@ -230,7 +231,7 @@ impl Report {
             self.read_floor_seconds,
             self.read_rate / 1e9,
             self.bus_floor_seconds,
-            self.bus_rate / 1e9,
+            self.bus_rate.unwrap_or_default() / 1e9,
             self.compute_floor_seconds,
             self.product_rate / 1e12
         );

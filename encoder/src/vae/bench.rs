@@ -19,6 +19,8 @@ use crate::report;
 
 /// Time given to measuring a product.
 const PRODUCT_TIME: Duration = Duration::from_millis(300);
+/// Largest side of an image.
+const SIDE_MAX: usize = 16_384;
 /// Random values that operands are filled with, again and again.
 const FILL: usize = 1 << 20;
 
@@ -35,13 +37,19 @@ pub struct Report {
     pub open_seconds: f64,
     /// From pixels in host memory to cache entries in host memory, after one batch to warm up.
     pub seconds: f64,
+    /// Of it, the VAE; entries are made from its latents beside it.
+    pub encode_seconds: f64,
+    /// Making entries, on a thread of its own.
+    pub pack_seconds: f64,
     /// images / seconds.
     pub images_per_second: f64,
     /// Operations of the convolutions and the attention / seconds.
     pub rate: f64,
     /// Measured float32 matrix product rate in operations per second.
     pub product_rate: f64,
-    /// product_rate / rate: 1 is the floor.
+    /// Operations / product_rate.
+    pub compute_floor_seconds: f64,
+    /// seconds / compute_floor_seconds.
     pub ratio: f64,
     /// Device memory taken since the context was opened, by the driver.
     pub device_bytes: Option<u64>,
@@ -54,8 +62,8 @@ pub struct Report {
 /// # Errors
 /// As [`Vae::open`] and [`Vae::latents_of`]; [`Error::Config`] for a resolution that is no multiple of 16.
 pub fn run(path: &Path, place: Place, resolution: usize, images: usize, process: &Process) -> Result<Report> {
-    if resolution == 0 || !resolution.is_multiple_of(16) || images == 0 {
-        return Err(Error::config("--resolution must be a positive multiple of 16, --images positive"));
+    if !(16..=SIDE_MAX).contains(&resolution) || !resolution.is_multiple_of(16) || images == 0 {
+        return Err(Error::config(format!("--resolution must be a multiple of 16 up to {SIDE_MAX}, --images positive")));
     }
     let started = Instant::now();
     let vae = Vae::open(path, Half::Encoder, place)?;
@@ -69,7 +77,7 @@ pub fn run(path: &Path, place: Place, resolution: usize, images: usize, process:
     let batch: Vec<&Pixels> = pictures.iter().collect();
     vae.packing().entries(&vae.latents_of(&batch)?)?;
     let started = Instant::now();
-    encode(&vae, &batch, images, process)?;
+    let (encode_time, pack_time) = encode(&vae, &batch, images, process)?;
     let seconds = started.elapsed().as_secs_f64();
     let memory = vae.gpu().map(Gpu::memory).transpose()?;
     let product_rate = product_rate(&vae)?;
@@ -80,24 +88,38 @@ pub fn run(path: &Path, place: Place, resolution: usize, images: usize, process:
         resolution,
         open_seconds,
         seconds,
+        encode_seconds: encode_time.as_secs_f64(),
+        pack_seconds: pack_time.as_secs_f64(),
         images_per_second: images as f64 / seconds,
         rate,
         product_rate,
+        compute_floor_seconds: seconds * rate / product_rate,
         ratio: product_rate / rate,
         device_bytes: memory.map(|m| m.used_by_process_estimate),
         device_bytes_in_use: memory.map(|m| m.total - m.free),
     })
 }
 
-/// As a run does it: entries are made on another thread than the one that drives the VAE.
-fn encode(vae: &Vae, batch: &[&Pixels], images: usize, process: &Process) -> Result<()> {
+/// As a run does it: entries are made on another thread than the one that drives the VAE. The time of either.
+fn encode(vae: &Vae, batch: &[&Pixels], images: usize, process: &Process) -> Result<(Duration, Duration)> {
     let packing = vae.packing().clone();
     let (sender, latents) = std::sync::mpsc::sync_channel::<Latents>(2);
-    let packer = std::thread::spawn(move || latents.iter().try_for_each(|latents| packing.entries(&latents).map(drop)));
-    let mut left = images;
+    let packer = std::thread::spawn(move || -> Result<Duration> {
+        let mut busy = Duration::ZERO;
+        for latents in latents {
+            let started = Instant::now();
+            packing.entries(&latents)?;
+            busy += started.elapsed();
+        }
+        Ok(busy)
+    });
+    let (mut left, mut busy) = (images, Duration::ZERO);
     while left > 0 {
         let count = left.min(batch.len());
-        if sender.send(vae.latents_of(batch.get(..count).unwrap_or_default())?).is_err() {
+        let started = Instant::now();
+        let latents = vae.latents_of(batch.get(..count).unwrap_or_default())?;
+        busy += started.elapsed();
+        if sender.send(latents).is_err() {
             break;
         }
         left -= count;
@@ -107,7 +129,8 @@ fn encode(vae: &Vae, batch: &[&Pixels], images: usize, process: &Process) -> Res
         }
     }
     drop(sender);
-    packer.join().map_err(|_| Error::invariant("the thread that makes entries panicked"))?
+    let packed = packer.join().map_err(|_| Error::invariant("the thread that makes entries panicked"))??;
+    Ok((busy, packed))
 }
 
 /// Operations per second of float32 products on the VAE's device.
@@ -163,7 +186,8 @@ impl Report {
             self.images_per_second,
             self.rate / 1e12
         );
-        println!("  floor      float32 products at {:.2} TFLOP/s", self.product_rate / 1e12);
+        println!("  phases     VAE {:.3} s, entries {:.3} s beside it", self.encode_seconds, self.pack_seconds);
+        println!("  floor      {:.3} s: float32 products at {:.2} TFLOP/s", self.compute_floor_seconds, self.product_rate / 1e12);
         println!("  ratio      {:.2}", self.ratio);
         if let (Some(taken), Some(all)) = (self.device_bytes, self.device_bytes_in_use) {
             println!("  memory     {} MiB since the context was opened, {} MiB in use on the device", taken >> 20, all >> 20);
