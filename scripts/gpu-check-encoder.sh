@@ -54,7 +54,7 @@ for section in "${sections[@]}"; do
       trap 'rm -rf "$model"' EXIT
       time "$encoder" synth --output "$model" || status=1
       "$encoder" bench --text-encoder "$model/text_encoder" --device cuda --json || status=1
-      for readers in 6 10 14; do
+      for readers in 12 14 16; do
         "$encoder" bench --text-encoder "$model/text_encoder" --device cuda --readers "$readers" || status=1
       done
       "$encoder" bench --vae "$model/vae" --device cuda || status=1

@@ -11,6 +11,7 @@
 
 use std::ffi::{CStr, c_void};
 use std::sync::Arc;
+use std::sync::atomic::{AtomicUsize, Ordering};
 
 use cudarc::driver::sys::{self, CUresult};
 use serenity_protocol::{Error, Result};
@@ -134,6 +135,8 @@ impl Ptr {
 pub struct Context {
     device: sys::CUdevice,
     raw: sys::CUcontext,
+    /// Bytes of page-locked memory that may still be taken: no limit of ours but in checks.
+    lockable: AtomicUsize,
 }
 
 // SAFETY: the driver API may be called from any thread; every method makes the context current in its thread first.
@@ -165,7 +168,7 @@ impl Context {
         check(unsafe { sys::cuDeviceGet(&mut device, wanted) }, "opening the device")?;
         // SAFETY: `raw` outlives the call; the device is valid. Released once, in drop.
         check(unsafe { sys::cuDevicePrimaryCtxRetain(&mut raw, device) }, "opening the device's context")?;
-        let context = Arc::new(Self { device, raw });
+        let context = Arc::new(Self { device, raw, lockable: AtomicUsize::new(usize::MAX) });
         context.bind()?;
         Ok(context)
     }
@@ -177,6 +180,12 @@ impl Context {
     pub fn bind(&self) -> Result<()> {
         // SAFETY: the context is retained until drop.
         check(unsafe { sys::cuCtxSetCurrent(self.raw) }, "making the context current")
+    }
+
+    /// From here on the host gives at most so many bytes of page-locked memory: for checks of what happens where it does.
+    pub fn limit_page_locked(&self, bytes: usize) {
+        // Relaxed: a lone counter.
+        self.lockable.store(bytes, Ordering::Relaxed);
     }
 
     /// Waits for all work on the device.

@@ -2,6 +2,7 @@
 
 use std::ffi::c_void;
 use std::sync::Arc;
+use std::sync::atomic::Ordering;
 
 use cudarc::driver::sys::{self, CUresult};
 use serenity_protocol::{Error, Result};
@@ -108,8 +109,18 @@ impl Pinned {
     pub fn new(context: &Arc<Context>, bytes: usize) -> Result<Self> {
         context.bind()?;
         let mut base = std::ptr::null_mut();
-        // SAFETY: `base` outlives the call; a context is current. Freed once, in drop.
-        let code = unsafe { sys::cuMemHostAlloc(&mut base, bytes.max(1), sys::CU_MEMHOSTALLOC_PORTABLE) };
+        // Relaxed: a lone counter.
+        let allowed = context.lockable.fetch_update(Ordering::Relaxed, Ordering::Relaxed, |left| left.checked_sub(bytes)).is_ok();
+        let code = if allowed {
+            // SAFETY: `base` outlives the call; a context is current. Freed once, in drop.
+            unsafe { sys::cuMemHostAlloc(&mut base, bytes.max(1), sys::CU_MEMHOSTALLOC_PORTABLE) }
+        } else {
+            CUresult::CUDA_ERROR_OUT_OF_MEMORY
+        };
+        if allowed && code != CUresult::CUDA_SUCCESS {
+            // Relaxed: as above.
+            context.lockable.fetch_add(bytes, Ordering::Relaxed);
+        }
         refused(code, bytes)?;
         // SAFETY: `base` has at least `bytes` bytes and nobody else knows it.
         unsafe { std::ptr::write_bytes(base.cast::<u8>(), 0, bytes) };
@@ -182,6 +193,8 @@ impl Drop for Pinned {
         let _ = self.context.sync();
         // SAFETY: allocated in `new`, freed only here, with no copy in flight.
         let _ = unsafe { sys::cuMemFreeHost(self.base) };
+        // Relaxed: as above.
+        self.context.lockable.fetch_add(self.bytes, Ordering::Relaxed);
     }
 }
 

@@ -99,8 +99,35 @@ pub(super) fn streamed(options: &Options, emit: &mut dyn FnMut(Line)) -> Result<
     let batches = [(1, 64, 8, 16), (1, 64, 12, 8), (2, 32, 8, 8)].into_iter().zip(40..);
     let batches: Vec<MicroBatch> = batches.map(|(sizes, seed)| random_batch(&g, seed, sizes)).collect::<Result<_>>()?;
     let adapters = everything(&g, 16)?;
-    let mut ways = ways(g.num_blocks() + 1).into_iter();
-    same(options, ("1/8 size", 1 << 20), &hosted, (&adapters, &batches), &mut ways, &mut None, emit)
+    let (mut ways, mut reference) = (ways(g.num_blocks() + 1).into_iter(), None);
+    same(options, ("1/8 size", 1 << 20), &hosted, (&adapters, &batches), &mut ways, &mut reference, emit)?;
+    refused(options, &hosted, (&adapters, &batches), reference, emit)
+}
+
+/// A host without page-locked memory, or with little: everything that was to lie there does not, and the result is the same.
+fn refused(
+    options: &Options,
+    hosted: &Hosted,
+    (adapters, batches): (&AdapterSet, &[MicroBatch]),
+    reference: Option<blake3::Hash>,
+    emit: &mut dyn FnMut(Line),
+) -> Result<()> {
+    let optimizer = OPTIMIZER;
+    let turns = Some(Turns::new(hosted.geometry.num_blocks() + 1, 2));
+    let limits = Limits { hosted: Some(8), travelling: Some((3, 2)), turns, ..slots(2, 2) };
+    for most in [0, 24 << 20] {
+        let gpu = Gpu::open(options.device)?;
+        gpu.context().limit_page_locked(most);
+        let batches_of = batches.iter().map(sizes).collect::<Result<_>>()?;
+        let setup = Setup { hosted, ty: Ty::Bf16, adapters, optimizer: &optimizer, batches: batches_of, budget: SMALL_BUDGET, limits };
+        let mut step = build(gpu, setup)?;
+        let same = reference == Some(after(&mut step, batches)?);
+        let plan = step.plan();
+        let locked = plan.hosted_bytes + plan.host + plan.parcel_host;
+        let note = format!("weights {}, inputs {}, activations {} bytes", plan.hosted_bytes, plan.host, plan.parcel_host);
+        emit(holds(format!("{STEPS} steps, 1/8 size, {} MiB of page-locked memory", most >> 20), same && locked <= most, note));
+    }
+    Ok(())
 }
 
 fn same(
