@@ -103,7 +103,44 @@ pub struct CacheSummary {
     pub images_missing: usize,
 }
 
+impl TrainingPlan {
+    fn of(config: &Config) -> Self {
+        let side = config.resolution as usize / 16;
+        Self {
+            steps: config.max_steps,
+            batch_size: config.batch_size,
+            accumulation: config.gradient_accumulation_steps,
+            resolution: config.resolution,
+            image_tokens: side * side,
+            text_tokens: config.model.max_sequence_length,
+            device: match config.device {
+                DeviceKind::Cpu => "cpu".to_string(),
+                DeviceKind::Cuda(n) => format!("cuda:{n}"),
+            },
+            strategy: match config.memory.strategy {
+                MemoryStrategy::Stagehand => "stagehand",
+                MemoryStrategy::Resident => "resident",
+            },
+            payload: match config.memory.stagehand.form {
+                PayloadForm::Bf16 => "bf16",
+                PayloadForm::Int8 => "int8",
+            },
+        }
+    }
+}
+
 impl CacheSummary {
+    fn of(cache: &CachePlan) -> Self {
+        Self {
+            folder: cache.folder.clone(),
+            samples: cache.samples.len(),
+            captions: cache.text.len(),
+            captions_missing: cache.missing_text().count(),
+            images: cache.latents.len(),
+            images_missing: cache.missing_latents().count(),
+        }
+    }
+
     /// Whether the encoder has nothing to do.
     #[must_use]
     pub fn is_complete(&self) -> bool {
@@ -192,25 +229,11 @@ impl Plan {
         let slab = slab::plan(config, geometry, slab, &mut problems)?;
         check_weights(cache, &mut problems);
         let parameters = targets.parameters(config.adapter.rank);
-        let cache_summary = CacheSummary {
-            folder: cache.folder.clone(),
-            samples: cache.samples.len(),
-            captions: cache.text.len(),
-            captions_missing: cache.missing_text().count(),
-            images: cache.latents.len(),
-            images_missing: cache.missing_latents().count(),
-        };
-        // Before a slab of tens of gigabytes is built. Nothing more: where devices show differs between containers.
-        if let DeviceKind::Cuda(_) = config.device
-            && !NVIDIA_DEVICES.iter().any(|path| Path::new(path).exists())
-        {
-            notices
-                .push(format!("train_device is \"cuda\", and this machine shows no NVIDIA device (none of {})", NVIDIA_DEVICES.join(", ")));
-        }
-        let memory = memory::predict(config, geometry, paths, parameters, &cache_summary, &mut notices, &mut problems)?;
-        let disk = disk_plan(config, geometry, &slab, &cache_summary, &mut notices, &mut problems);
+        let cache = CacheSummary::of(cache);
+        notices.extend(no_device(config));
+        let memory = memory::predict(config, geometry, paths, parameters, &cache, &mut notices, &mut problems)?;
+        let disk = disk_plan(config, geometry, &slab, &cache, &mut notices, &mut problems);
         slab::check_original_size(config, geometry, &mut problems);
-        let (d, side) = (geometry.inner_dim(), config.resolution as usize / 16);
         let count = |shapes: &[(String, Vec<usize>)]| shapes.iter().map(|(_, s)| s.iter().map(|n| *n as u64).product::<u64>()).sum();
         Ok(Self {
             name: config.name.clone(),
@@ -220,12 +243,12 @@ impl Plan {
                 transformer: paths.transformer.clone(),
                 double_blocks: geometry.num_layers,
                 single_blocks: geometry.num_single_layers,
-                inner_dim: d,
+                inner_dim: geometry.inner_dim(),
                 parameters: count(&geometry.all_tensors()),
                 block_parameters: memory::block_parameters(geometry),
             },
             slab,
-            cache: cache_summary,
+            cache,
             adapters: AdapterPlan {
                 rank: config.adapter.rank,
                 alpha: config.adapter.alpha,
@@ -233,26 +256,7 @@ impl Plan {
                 parameters,
                 entries: targets.per_entry.clone(),
             },
-            training: TrainingPlan {
-                steps: config.max_steps,
-                batch_size: config.batch_size,
-                accumulation: config.gradient_accumulation_steps,
-                resolution: config.resolution,
-                image_tokens: side * side,
-                text_tokens: config.model.max_sequence_length,
-                device: match config.device {
-                    DeviceKind::Cpu => "cpu".to_string(),
-                    DeviceKind::Cuda(n) => format!("cuda:{n}"),
-                },
-                strategy: match config.memory.strategy {
-                    MemoryStrategy::Stagehand => "stagehand",
-                    MemoryStrategy::Resident => "resident",
-                },
-                payload: match config.memory.stagehand.form {
-                    PayloadForm::Bf16 => "bf16",
-                    PayloadForm::Int8 => "int8",
-                },
-            },
+            training: TrainingPlan::of(config),
             memory,
             disk,
             notices,
@@ -273,6 +277,14 @@ fn check_weights(cache: &CachePlan, problems: &mut Vec<Error>) {
                 .advice("bring the weights back for this run, or take the new samples out of the data"),
         );
     }
+}
+
+/// That no NVIDIA device shows where one is asked for: before a slab of tens of gigabytes is built. No more than a notice, for where devices show
+/// differs between containers.
+fn no_device(config: &Config) -> Option<String> {
+    let wanted = matches!(config.device, DeviceKind::Cuda(_)) && !NVIDIA_DEVICES.iter().any(|path| Path::new(path).exists());
+    let text = || format!("train_device is \"cuda\", and this machine shows no NVIDIA device (none of {})", NVIDIA_DEVICES.join(", "));
+    wanted.then(text)
 }
 
 /// What will be written, by file system.
