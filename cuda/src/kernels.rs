@@ -189,7 +189,8 @@ mod tests {
     #[test]
     fn all_units_compile_for_every_generation() {
         let Ok(version) = nvrtc::version() else {
-            eprintln!("SKIPPED: libnvrtc is not here, no kernel was compiled");
+            // Past the test harness's capture: a test that did not run must be seen.
+            let _ = std::io::Write::write_all(&mut std::io::stderr(), b"SKIPPED: libnvrtc is not here, no kernel was compiled\n");
             return;
         };
         let known = nvrtc::architectures().unwrap();

@@ -76,29 +76,27 @@ pub fn list(config: &Config) -> Result<Vec<Listed>> {
 /// [`Error::Data`] naming the corrupt entries; [`Error::Absent`] if others cannot be read, which stay; [`Error::TryAgain`] when asked to stop.
 pub fn verify(config: &Config, process: &Process) -> Result<usize> {
     let all = entries(&config.data.cache_dir)?;
-    let (mut corrupt, mut unread) = (Vec::new(), Vec::new());
+    let (mut whole, mut corrupt, mut unread) = (0, Vec::new(), Vec::new());
     for entry in &all {
         process.tick();
         if process.stop_requested() {
             return Err(process.interrupted());
         }
-        if let Err(e) = entry.verify() {
-            if !entry.path.exists() {
-                // Pruned, or set aside by another, since the folder was listed.
-                continue;
+        match entry.verify() {
+            Ok(()) => whole += 1,
+            // Pruned, or set aside by another, since the folder was listed.
+            Err(_) if !entry.path.exists() => {}
+            Err(e @ Error::Data(_)) => {
+                let aside = entry.path.with_extension("corrupt");
+                std::fs::rename(&entry.path, &aside).map_err(|e| Error::io("cannot set a corrupt entry aside", &entry.path, e))?;
+                corrupt.push(e);
             }
-            if !matches!(e, Error::Data(_)) {
-                unread.push(e);
-                continue;
-            }
-            let aside = entry.path.with_extension("corrupt");
-            std::fs::rename(&entry.path, &aside).map_err(|e| Error::io("cannot set a corrupt entry aside", &entry.path, e))?;
-            corrupt.push(e);
+            Err(e) => unread.push(e),
         }
     }
     let named = |errors: &[Error]| errors.iter().take(NAMED_MAX).map(ToString::to_string).collect::<Vec<_>>().join("\n");
     if corrupt.is_empty() && unread.is_empty() {
-        return Ok(all.len());
+        return Ok(whole);
     }
     if corrupt.is_empty() {
         return Err(Error::absent(format!("{} of {} entries cannot be read, and stay as they are", unread.len(), all.len()))

@@ -40,12 +40,12 @@ impl Pixels {
         let rgb = decode(bytes, path)?.into_rgb8();
         let (width, height) = rgb.dimensions();
         let (cover_width, cover_height) = cover(width, height, resolution);
-        let bytes = 3 * u64::from(cover_width) * u64::from(cover_height);
-        if bytes > DECODE_BYTES_MAX {
+        let size = 3 * u64::from(cover_width) * u64::from(cover_height);
+        if size > DECODE_BYTES_MAX {
             return Err(Error::data("the image is too long and thin to be cut to a square")
                 .at(path)
-                .expected(format!("at most {} bytes with the shorter side at {resolution} pixels", DECODE_BYTES_MAX))
-                .found(format!("{width} x {height} pixels, {bytes} bytes then"))
+                .expected(format!("at most {DECODE_BYTES_MAX} bytes with the shorter side at {resolution} pixels"))
+                .found(format!("{width} x {height} pixels, {size} bytes then"))
                 .advice("crop it, or take it out of the data"));
         }
         let unreadable = |e: &dyn std::fmt::Display| Error::data("the image cannot be resized").at(path).cause(e);

@@ -231,6 +231,13 @@ fn the_folder_is_listed_verified_and_pruned() {
     assert_eq!(prune(&config, false).unwrap(), expected);
     assert_eq!(list(&config).unwrap().len(), 2);
     assert_eq!(counts(dir.run("cache").unwrap()), (1, 1, 2));
+    // What cannot be read is not corrupt: a folder in an entry's place, which root cannot read either.
+    let unreadable = &list(&config).unwrap().into_iter().find(|l| l.kind == "latent").unwrap().path;
+    std::fs::remove_file(unreadable).unwrap();
+    std::fs::create_dir(unreadable).unwrap();
+    let error = verify(&config, &process).unwrap_err();
+    assert!(error.exit_code() != 65 && error.to_string().contains("1 of 4 entries cannot be read"), "{error}");
+    assert!(unreadable.is_dir());
 }
 
 #[test]

@@ -1,5 +1,6 @@
 //! Bad input: a message that says what, where and what to do, the documented exit code, no panic.
 
+use std::io::Write;
 use std::path::Path;
 use std::time::Duration;
 
@@ -36,7 +37,8 @@ fn bucket_policy_with_stagehand_is_refused() {
 #[test]
 fn a_machine_without_a_gpu_is_told_so_once() {
     if Path::new("/dev/nvidiactl").exists() || Path::new("/dev/dxg").exists() {
-        eprintln!("SKIPPED: there is a GPU here");
+        // Past the test harness's capture: a test that did not run must be seen.
+        let _ = writeln!(std::io::stderr(), "SKIPPED: what the launcher says without a GPU was not checked: there is one here");
         return;
     }
     let lab = Lab::new();

@@ -537,7 +537,8 @@ mod tests {
     #[test]
     fn cudnn_accepts_the_graphs() {
         let Ok(library) = Cudnn::described(H100) else {
-            eprintln!("SKIPPED: cuDNN 9.8 or later is not here, no graph was checked");
+            // Past the test harness's capture: a test that did not run must be seen.
+            let _ = std::io::Write::write_all(&mut std::io::stderr(), b"SKIPPED: cuDNN 9.8 or later is not here, no graph was checked\n");
             return;
         };
         let library = Arc::new(library);

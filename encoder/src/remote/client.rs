@@ -59,6 +59,7 @@ pub(super) fn other_version(theirs: &Hello, ours: &Hello) -> Error {
         .expected(text(ours))
         .found(text(theirs))
         .advice("install the same version on both")
+        .lasting()
 }
 
 /// Has everything in `missing` made by the servers that `connect` reaches.
